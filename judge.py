@@ -1,0 +1,148 @@
+"""Was the answer right? The reward of a trajectory, by rules.
+
+A reward is any function `(question, answer, prediction) -> float`. `train.py` imports the one it wants, so another
+reward is another function; a language model that judges free text would stand beside `rule_judge` here.
+
+`rule_judge` returns 1.0 or 0.0. It compares the *whole* prediction with each accepted answer and never looks for
+one inside the other. So several candidates ("Paris or London", "1; 2; 3"), a sentence that contains the answer, an
+added detail ("Paris, France"), "unknown", and the question with or without more text all earn 0 (unless that very
+text is accepted), with no list of tricks to keep up to date. A policy finds every false positive, and a false
+negative only slows it down: in doubt the rules say 0, and a spelling that should count belongs among the accepted
+answers.
+
+Both sides are treated alike, so an accepted answer always matches itself, commas, slashes and "and" included:
+- Wrapping goes: "The answer is X.", "Final answer: X", **X**, "X", `X`, $X$, \\(X\\), \\boxed{X}, one full stop.
+- Spelling is evened out: Unicode form, case, accents on Latin letters, a leading a/an/the, white space, and the
+  punctuation of prose. What can carry meaning stays: C++ and C#, A- and A+, n! and n, 3:2, x-y, f'.
+- Numbers are compared by exact value: 1,234 = 1234.0, 3/4 = 0.75, 1.5e6 = 1500000, but 1/3 is not 0.333 and 3,14 is
+  not 3.14. Leading zeros do not count.
+- The rest of a number is its unit: $5 = 5 dollars, 50% = 50 percent. Two units must be the same. One side may
+  leave its unit out only where the question asks for that unit ("How many apples ...", "..., in km?", "What percent
+  ...?"). A percent is such a unit: 50% is never 0.5, and is 50 only where a percentage is asked for.
+
+It does not read number words (five, million), convert units, do algebra, know synonyms, or tell MW from mW.
+A wrong *prediction* earns 0; a wrong *call* (no accepted answer, a value of the wrong type) raises.
+"""
+
+import re
+import unicodedata
+from fractions import Fraction
+from typing import NamedTuple
+
+LETTER = r"[^\W\d_]"
+SAME_CHARACTER = str.maketrans("‐‒–—−⁄’‘“”", "-----/''\"\"")
+WRAPPERS = [(mark, mark) for mark in ("**", "*", '"', "'", "`", "$$", "$")]
+WRAPPERS += [("\\(", "\\)"), ("\\[", "\\]"), ("\\boxed{", "}"), ("\\text{", "}")]
+LEAD_IN = re.compile(
+    r"""(?: \** (?:(?:so|thus|hence|therefore),?\ )? (?:(?:the|my)\ )? (?:(?:final|correct)\ )?
+    answer (?:\ is\b:?|\ ?[:=]) (?:\*\*)? \ ? )+""",
+    re.VERBOSE,
+)
+UNIT_WORDS = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "%": "percent", "°": "degree"}
+NUMBER = re.compile(
+    r"""(?P<sign>[+-]?) (?P<currency>[$€£¥]?) (?P<inner_sign>[+-]?)
+    (?: (?:(?P<whole>\d+)\ )? (?P<numerator>\d+) / (?P<denominator>0*[1-9]\d*)
+      | (?P<decimal>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)
+        (?:(?:e|\ ?(?:[x×*]|\\times)\ ?10\^) \{?(?P<exponent>[+-]?\d{1,3})\}?)?
+    ) (?![\d.,:/^_-])  # 1.2.3, 10:30, 1/2/2020 and 5-7 are no numbers with a unit
+    """,
+    re.VERBOSE,
+)
+
+
+class Number(NamedTuple):
+    value: Fraction
+    unit: str  # "" where none is written
+
+
+def fold(text: str) -> str:
+    """One spelling for what differs in Unicode, case, accents, LaTeX or white space alone."""
+    # Plain compatibility folding would read 10² as 102, 10₂ as 102, and 1½ or 1\frac{1}{2} as 11/2.
+    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", r"^\g<0>", text)
+    text = re.sub(r"(?<=\d)(?=[₀-₉])", "_", text)
+    text = re.sub(r"(?<=\d)(?=[¼½¾⅐-⅞]|\\[dt]?frac)", " ", text)
+    text = unicodedata.normalize("NFKD", text).casefold()
+    # Latin letters only: in other scripts a mark makes another letter (Cyrillic и and й, Japanese か and が).
+    text = re.sub(r"(?<=[a-z])[\u0300-\u036f]+", "", text)
+    text = unicodedata.normalize("NFC", text).translate(SAME_CHARACTER)
+    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+    return " ".join(re.sub(r"\\([$%])", r"\1", text).split())
+
+
+def unwrap(text: str) -> str:
+    """The folded text without what models put around an answer: a lead-in, emphasis, quotes, a full stop."""
+    text, before = fold(text), None
+    while text != before:
+        before = text
+        text = re.sub(r"(?<!\.)\.$", "", text)  # one full stop only: 0.333... is not 0.333
+        for left, right in WRAPPERS:
+            inner = text[len(left) : len(text) - len(right)]
+            # '"Paris" or "London"' is not one quoted answer.
+            if text.startswith(left) and text.endswith(right) and inner and left not in inner:
+                text = inner.strip()
+        if lead_in := LEAD_IN.match(text):
+            text = text[lead_in.end() :]
+    return text
+
+
+def drop_prose_marks(text: str) -> str:
+    """Remove punctuation and articles where they cannot carry meaning: beside words, not beside digits or symbols."""
+    text = re.sub(r"(?<=\w)\.(?!\d)", "", text)
+    text = re.sub(rf"(?<={LETTER}{{2}})[!?]+", "", text)
+    text = re.sub(rf"'(?={LETTER}{{2}})|\"(?={LETTER})|(?<={LETTER})\"", "", text)
+    text = re.sub(rf"[,;]|(?<=\w):(?!\d)|(?<={LETTER}{{2}})-(?={LETTER}{{2}})", " ", text)
+    text = re.sub(r" ?/ ?", "/", " ".join(text.split()))
+    return re.sub(r"^(?:the|an?) (?=[^\W_]{2})", "", text)  # leading only: "Vitamin A" keeps its A
+
+
+def normalize(text: str) -> str:
+    """The text in the form in which two answers are compared."""
+    return drop_prose_marks(unwrap(text))
+
+
+def parse_number(text: str) -> Number | None:
+    """The exact value and the unit of a text that starts with a number, else None."""
+    text = unwrap(text)
+    match = NUMBER.match(text)
+    # Python refuses to convert very long digit strings; those are compared as text.
+    if match is None or len(text) > 200 or (match["sign"] and match["inner_sign"]):
+        return None
+    if match["decimal"]:
+        value = Fraction(match["decimal"].replace(",", "")) * Fraction(10) ** int(match["exponent"] or 0)
+    else:
+        value = int(match["whole"] or 0) + Fraction(int(match["numerator"]), int(match["denominator"]))
+    if "-" in (match["sign"], match["inner_sign"]):
+        value = -value
+    units = (match["currency"], drop_prose_marks(text[match.end() :]))
+    unit = " ".join(UNIT_WORDS.get(unit, unit) for unit in units if unit)
+    return Number(value, re.sub(r"(?<=[a-z]{3})s$", "", unit))  # apples = apple, but ms is not m
+
+
+def asks_for(question: str, unit: str) -> bool:
+    """Does the question name this unit as the one to answer in?"""
+    # A single letter may be a variable: "a polynomial in x" does not make 3x equal to 3.
+    asked = rf"\b(?:how many|number of|in|what|what is the) {re.escape(unit)}s?(?!\w)"
+    return len(unit) > 1 and re.search(asked, fold(question).replace("percentage", "percent")) is not None
+
+
+def same_answer(question: str, accepted: str, prediction: str) -> bool:
+    if normalize(accepted) == normalize(prediction):
+        return True
+    left, right = parse_number(accepted), parse_number(prediction)
+    if left is None or right is None or left.value != right.value:
+        return False
+    return left.unit == right.unit or ("" in (left.unit, right.unit) and asks_for(question, left.unit or right.unit))
+
+
+def rule_judge(question: str, answer: str | list[str], prediction: str | None) -> float:
+    """1.0 if the prediction is one of the accepted answers, else 0.0; None is a missing answer."""
+    accepted = [answer] if isinstance(answer, str) else answer
+    if not isinstance(question, str):
+        raise TypeError(f"question must be a str, not {type(question).__name__}")
+    if not isinstance(accepted, list) or not all(isinstance(item, str) for item in accepted):
+        raise TypeError(f"answer must be a str or a list of str, not {answer!r}")
+    if not accepted or not all(normalize(item) for item in accepted):
+        raise ValueError(f"every question needs at least one accepted answer and none may be empty, got {answer!r}")
+    if not isinstance(prediction, str | None):
+        raise TypeError(f"prediction must be a str or None, not {type(prediction).__name__}")
+    return float(prediction is not None and any(same_answer(question, item, prediction) for item in accepted))
