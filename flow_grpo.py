@@ -1,0 +1,203 @@
+"""Flow-GRPO (arXiv 2510.05592, Eq. 4-7): advantages, token log-probs and the clipped loss, as pure functions.
+
+The planner answers each question G times. Turn t of trajectory i is one completion a of |a| tokens, sampled from
+pi_old given its own prompt s (question, analysis, memory so far): a turn is a training row of its own.
+
+  R_i  in {0, 1}, one outcome for the whole trajectory, broadcast to each of its turns                          (Eq. 4)
+  J  = 1/G sum_i  1/T_i sum_t  1/|a| sum_j  min(r A, clip(r, 1 - eps, 1 + eps) A)  -  beta KL(pi || pi_ref)     (Eq. 5)
+  r  = pi(a_j | s, a_<j) / pi_old(a_j | s, a_<j), for token j of turn t of trajectory i                         (Eq. 6)
+  A  = (R_i - mean_k R_k) / std_k R_k, over the G trajectories; the same for all turns and tokens of i          (Eq. 7)
+
+P questions   G trajectories of each (a group)   T_i turns of trajectory i   B rows = turns, of a batch or part of it
+T tokens of the longest completion   S of the longest prompt + completion   N of all completions   C of one chunk
+D hidden size   V vocabulary
+
+Same as the paper
+  three nested means, over trajectories, turns and tokens: a long trajectory weighs no more than a short one    (Eq. 5)
+  mean and std of the G trajectories, never pooled over turns: more turns do not shift the baseline             (Eq. 7)
+  the ratio of each token is clipped to 1 +- eps; KL to the initial policy with beta = 0.001                    (Eq. 5)
+Where the paper gives no value, ours
+  eps = 0.2; KL by the k3 estimator, under the same means; std with G - 1; a group of equal rewards gets A = 0
+Departs, and why; all off by default
+  clip_high=0.3        as the authors ran it: an unlikely token can rise further before it is clipped           (Eq. 5)
+  "token-mean"         as the authors ran it: every token counts the same, so long rows count more              (Eq. 5)
+  normalize_std=False  Dr. GRPO: dividing by std favours questions that are nearly always solved or failed      (Eq. 7)
+  tis_cap              sampler and trainer differ in rounding: weigh tokens by min(pi_old / pi_sampler, cap)    (Eq. 5)
+  rows with A = 0 left out by the caller, weights unchanged: saves work, but drops their pull to pi_ref         (Eq. 5)
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
+    """Eq. 7: rewards (P, G) -> advantages (P, G). One number per trajectory, so turns cannot enter the statistics."""
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards must be (questions, group size), got shape {tuple(rewards.shape)}")
+    if rewards.shape[1] < 2:
+        raise ValueError(f"a group needs at least 2 trajectories to compare, got {rewards.shape[1]}")
+    if not torch.isfinite(rewards).all():
+        raise ValueError("rewards must be finite, got nan or inf")
+    rewards = rewards.double()  # so that rewards that differ never have a std that rounds to zero
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
+    if normalize_std:
+        advantages = advantages / rewards.std(dim=1, keepdim=True)  # (P, G), sample std: divisor G - 1
+    # All solved or all failed: Eq. 7 is 0/0 and there is nothing to learn. The test is exact. An epsilon in the divisor
+    # would hide this case behind rounding errors, and would shrink every other advantage.
+    no_signal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (P, 1)
+    return torch.where(no_signal, 0.0, advantages).float()
+
+
+def broadcast_to_turns(advantages: Tensor, num_turns: list[int]) -> Tensor:
+    """Eq. 4: advantages (P, G) -> (B,). Each turn of a trajectory gets the trajectory's; T_i = num_turns[p * G + i]."""
+    if len(num_turns) != advantages.numel():
+        raise ValueError(f"{len(num_turns)} turn counts for {advantages.numel()} trajectories")
+    return advantages.flatten().repeat_interleave(torch.tensor(num_turns, device=advantages.device))
+
+
+def row_weights(num_turns: list[int], num_tokens: list[int] | None = None, aggregation: str = "paper") -> Tensor:
+    """(B,) weights of the rows, in the order of `broadcast_to_turns`; they sum to 1 over the batch.
+
+    "paper": 1 / (P G T_i), the two outer means of Eq. 5. "token-mean": |a| / total tokens, so that after the mean over
+    the row's tokens in the loss each token of the batch carries 1 / total. For the whole batch, before any split.
+    """
+    if not num_turns or min(num_turns) < 1:
+        raise ValueError("every trajectory needs at least one turn")
+    if aggregation == "paper":
+        return torch.tensor([1 / (len(num_turns) * turns) for turns in num_turns for _ in range(turns)])  # (B,)
+    if aggregation == "token-mean":
+        if num_tokens is None or len(num_tokens) != sum(num_turns) or min(num_tokens) < 1:
+            raise ValueError("token-mean needs num_tokens: the length, at least 1, of each completion of each turn")
+        return torch.tensor([tokens / sum(num_tokens) for tokens in num_tokens])  # (B,)
+    raise ValueError(f'aggregation must be "paper" or "token-mean", got {aggregation!r}')
+
+
+def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Split row indices so that rows * longest <= max_tokens; a row that is longer than that comes alone.
+
+    `lengths` count prompt and completion. Sorted, so little is padded; longest first: too little memory shows at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable: equal lengths keep their order
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(1, max_tokens // lengths[order[start]])
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def token_logprobs(
+    model: torch.nn.Module,
+    prompt_ids: list[list[int]],
+    completion_ids: list[list[int]],
+    temperature: float = 1.0,
+    chunk_size: int = 512,
+    pad_token_id: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log pi(a_j | s, a_<j) of each completion token: logprobs (B, T), mask (B, T), entropy (B, T, without gradient).
+
+    The policy is the softmax of logits / temperature, as sampled. Works with causal models of transformers whose logits
+    are `lm_head` of the last hidden state (Qwen, Llama, Mistral; not Gemma 2, which caps its logits afterwards).
+
+    Rows are padded on the RIGHT: under a causal mask no real token sees a pad, and positions start at 0, so there is no
+    attention mask to get wrong. Pads are known by position, never by value: pad_token_id may equal EOS.
+    """
+    if not 0 < len(prompt_ids) == len(completion_ids):
+        raise ValueError(f"need as many prompts as completions, got {len(prompt_ids)} and {len(completion_ids)}")
+    if not all(prompt_ids) or not all(completion_ids):
+        raise ValueError("a row has an empty prompt or an empty completion")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}: greedy choices have no gradient")
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids)]
+    width = max(len(row) for row in rows)  # S
+    input_ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows], device=model.device)  # (B, S)
+    start = torch.tensor([[len(prompt)] for prompt in prompt_ids], device=model.device)  # (B, 1)
+    length = torch.tensor([[len(completion)] for completion in completion_ids], device=model.device)  # (B, 1)
+    mask = torch.arange(int(length.max()), device=model.device) < length  # (B, T), True on the tokens of a
+
+    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, S, D)
+    # Position s predicts token s + 1. Only the positions that predict a completion token go on to the vocabulary.
+    predicted = torch.arange(1, width, device=model.device)  # (S - 1,)
+    chosen = (start <= predicted) & (predicted < start + length)  # (B, S - 1)
+    states, targets = hidden[:, :-1][chosen], input_ids[:, 1:][chosen]  # (N, D), (N,), row after row
+
+    def head(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model.lm_head(states).float() / temperature  # (C, V)
+        log_z = logits.logsumexp(dim=-1)  # (C,)
+        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z  # (C,)
+        with torch.no_grad():  # last, as recomputation stops before it: H = log Z - sum_v pi_v logit_v
+            entropy = log_z - (logits.softmax(dim=-1) * logits).sum(dim=-1)  # (C,)
+        return logprobs, entropy
+
+    # (N, V) would be the largest tensor by far: 8,192 tokens of a vocabulary of 152k take 5 GB, and several copies of
+    # it. Chunks bound it in the forward pass, and recomputing each chunk's logits in the backward pass bounds it there.
+    pairs = zip(states.split(chunk_size), targets.split(chunk_size))
+    chunks = [checkpoint(head, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
+    logprobs, entropy = (torch.cat(parts) for parts in zip(*chunks))  # (N,), (N,)
+    blank = torch.zeros(mask.shape, device=model.device)  # (B, T)
+    return blank.masked_scatter(mask, logprobs), mask, blank.masked_scatter(mask, entropy)  # pads hold 0
+
+
+def flow_grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    row_weights: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_coef: float = 0.001,
+    sampler_logprobs: Tensor | None = None,
+    tis_cap: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-J of Eq. 5 for some rows of a batch: log-probs and mask (B, T), advantages and weights (B,) -> (loss, stats).
+
+    Loss and stats are weighted SUMS, and the weights are those of the whole batch: summed over micro-batches, however
+    they are split, they give the batch's nested mean, and the summed gradients its gradient. (When rows are left out,
+    divide the stats by the sum of the weights that were kept.) On the first update old_logprobs = logprobs.detach().
+    """
+    mask = mask.bool()
+    per_token = [x for x in (old_logprobs, ref_logprobs, sampler_logprobs, mask) if x is not None]
+    if any(x.shape != logprobs.shape for x in per_token) or logprobs.ndim != 2:
+        raise ValueError(f"all must be (B, T) = {tuple(logprobs.shape)}, got {[tuple(x.shape) for x in per_token]}")
+    if not advantages.shape == row_weights.shape == logprobs.shape[:1]:
+        raise ValueError(f"expected (B,), got advantages {tuple(advantages.shape)}, weights {tuple(row_weights.shape)}")
+    if not mask.any(dim=1).all():
+        raise ValueError("a row has no completion token")
+    if tis_cap is not None and sampler_logprobs is None:
+        raise ValueError("tis_cap needs sampler_logprobs")
+
+    def clean(x: Tensor) -> Tensor:  # pads may hold anything, and 0 * inf is nan, in gradients too: replace, not scale
+        return torch.where(mask, x, 0.0)  # (B, T)
+
+    logprobs, old_logprobs = clean(logprobs), clean(old_logprobs.detach())  # (B, T)
+    weights = mask * (row_weights / mask.sum(dim=1))[:, None]  # (B, T), 1/(P G T_i) * 1/|a|: the three means of Eq. 5
+    advantages = advantages[:, None]  # (B, 1), the same for each token of the turn: Eq. 7
+    log_ratio = logprobs - old_logprobs  # (B, T)
+    ratio = log_ratio.exp()  # (B, T), Eq. 6
+    surrogate = ratio * advantages  # (B, T)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages  # (B, T)
+    objective = torch.min(surrogate, clipped)  # (B, T), Eq. 5: no gain from moving further than the clip range
+    if tis_cap is not None:  # pi_old / pi_sampler, cut off where it is large: some bias for far less variance
+        objective = objective * (old_logprobs - clean(sampler_logprobs.detach())).exp().clamp(max=tis_cap)  # (B, T)
+
+    k3 = torch.zeros_like(ratio)  # (B, T)
+    if ref_logprobs is not None and kl_coef != 0:
+        log_ref = clean(ref_logprobs.detach()) - logprobs  # (B, T), log pi_ref / pi
+        # As E_pi[pi_ref / pi - 1] = 0, its mean is that of -log pi_ref / pi: KL(pi || pi_ref). And no term is negative.
+        # (Its gradient, (1 - pi_ref / pi) dlog pi, has the mean of that of KL(pi_ref || pi): a pull to pi_ref as well.)
+        k3 = log_ref.exp() - log_ref - 1  # (B, T)
+        objective = objective - kl_coef * k3  # (B, T)
+    loss = -(weights * objective).sum()  # ()
+
+    with torch.no_grad():
+        stats = {
+            "kl": (weights * k3).sum(),  # to pi_ref; 0 when it is not computed
+            "kl_old": (weights * (ratio - 1 - log_ratio)).sum(),  # KL(pi_old || pi) by k3: how far the updates went
+            "ratio": (weights * ratio).sum(),  # 1 on the first update
+            "clip_fraction": (weights * (clipped < surrogate)).sum(),  # where clipping has set the gradient to zero
+        }
+    return loss, stats
