@@ -1,0 +1,361 @@
+"""The agent: an evolving memory, four modules, and `solve()`, which runs one question through them over several turns.
+
+A module is a prompt and a parser, side by side below. Prompts put what is shared first (instructions, tools, question,
+analysis) and the memory last, which only ever grows, so the prompts of one question share a long prefix. Parsers accept
+what models really write (bold labels, numbering, code fences, trailing chatter) and report a clear failure otherwise:
+a mistake of the model becomes the result of that turn, and the next turn can react to it.
+
+Only the planner is trained. Everything else goes through `env.ask`, a frozen model with the initial weights.
+"""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm import Completion, EngineError, Lockstep, Request, derive_seed
+from tools import TOOLS, CommandError, ToolEnv, parse_command, run_tool, tool_metadata
+
+# --- what a question leaves behind ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Turn:
+    """One action a^t of the planner: the training row. Ids and log-probs are the engine's own, never re-tokenised."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]  # ends with the EOS token unless it was cut at the token limit
+    logprobs: list[float]  # log pi(token) of each completion token under the sampler, at the sampling temperature
+    truncated: bool = False
+
+
+@dataclass
+class Step:
+    """What one turn adds to the memory."""
+
+    sub_goal: str
+    tool: str
+    command: str
+    result: str
+    verdict: str = ""  # CONTINUE or STOP; empty until the verifier has spoken
+    error: str = (
+        ""  # which mistake of the model or the tool this is: format, tool, command, run; empty when all went well
+    )
+
+
+@dataclass
+class Memory:
+    """M^t: everything the modules know about the question. Made inside `solve()`: nothing outlives a question."""
+
+    question: str
+    analysis: str = ""
+    steps: list[Step] = field(default_factory=list)
+    result_chars: int = 400  # longer results are cut in the middle, with a mark
+
+    def render(self) -> str:
+        return "".join(self._render_step(n, step) for n, step in enumerate(self.steps, start=1))
+
+    def _render_step(self, n: int, step: Step) -> str:
+        result = cut_middle(step.result, self.result_chars)
+        text = MEMORY_STEP.format(n=n, sub_goal=step.sub_goal, tool=step.tool, command=step.command, result=result)
+        return text + MEMORY_VERDICT.format(verdict=step.verdict) if step.verdict else text
+
+
+@dataclass
+class Trajectory:
+    """One rollout of a question: its turns are trained on, its memory and answer are for the judge and the reader."""
+
+    question: str
+    turns: list[Turn]
+    memory: Memory
+    answer: str
+    reward: float = 0.0
+    advantage: float = 0.0
+    crash: str = ""  # the machine's fault that ended it, in an evaluation; in training such a fault stops the run
+
+
+def cut_middle(text: str, limit: int) -> str:
+    """At most `limit` characters plus a mark that says how many were left out: both ends of a result carry meaning."""
+    if len(text) <= limit:
+        return text
+    head, tail = text[: (limit + 1) // 2], text[len(text) - limit // 2 :]
+    return f"{head} [... {len(text) - limit} characters cut ...] {tail}"
+
+
+MEMORY_STEP = """
+
+Step {n}
+Sub-Goal: {sub_goal}
+Tool: {tool}
+Command: {command}
+Result: {result}"""
+MEMORY_VERDICT = """
+Verdict: {verdict}"""
+
+# --- query analysis (frozen) ------------------------------------------------------------------------------------------
+
+ANALYST_PROMPT = """You prepare the work of a planner. Say in at most three short lines what has to be found out to \
+answer the question, and which skills and tools that takes. Do not answer the question.
+
+Tools:
+{tools}
+
+Question: {question}"""
+
+# --- planner (trained) ------------------------------------------------------------------------------------------------
+
+PLANNER_PROMPT = """You plan, one step at a time, how to answer a question with the help of tools. Read the question, \
+the analysis and the steps so far, then choose the next step: one sub-goal that one tool can reach now.
+
+Tools:
+{tools}
+
+Rules:
+- Choose exactly one tool and write its exact name.
+- Build on the results so far. Do not repeat a step that has already given its result.
+- The tool knows nothing of the earlier steps: put every name and number it needs into the context.
+
+Write these four lines and nothing else:
+Justification: why this is the next step
+Context: the names and numbers that the step needs
+Sub-Goal: what this one step has to achieve
+Tool Name: the name of one tool
+
+Question: {question}
+Analysis: {analysis}
+Steps so far, none at the start:{memory}"""
+
+
+class PlanError(ValueError):
+    """The planner's text has no usable sub-goal or tool name; the message goes into the memory."""
+
+
+@dataclass
+class Plan:
+    context: str
+    sub_goal: str
+    tool: str
+
+
+# A label, as models write it: at the start of a line, perhaps after "3." or "- ", perhaps in bold, in any case.
+_LABEL = re.compile(
+    r"^[ \t>#*\-]*(?:\d+[.)][ \t]*)?[*_`]*"
+    r"(justification|context|sub[- _]?goal|tool[- _]?name|tool)[*_`]*[ \t]*:[*_`]*[ \t]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def parse_plan(text: str) -> Plan:
+    """Read the labelled lines; a label that appears twice counts once, the last time. Raises `PlanError`."""
+    parts = _LABEL.split(text)  # [before, label, value, label, value, ...]
+    fields = {re.sub(r"[- _]", "", label.lower()): value for label, value in zip(parts[1::2], parts[2::2])}
+    tool = _first_word_line(fields.get("toolname", fields.get("tool", "")))
+    sub_goal = " ".join(_strip_markup(fields.get("subgoal", "")).split())
+    if not sub_goal:
+        raise PlanError("The plan has no Sub-Goal line.")
+    if not tool:
+        raise PlanError("The plan has no Tool Name line.")
+    return Plan(" ".join(_strip_markup(fields.get("context", "")).split()), sub_goal, tool)
+
+
+def _strip_markup(value: str) -> str:
+    """Drop code fences and the bold or quote marks around a value."""
+    return re.sub(r"^```.*$", "", value, flags=re.MULTILINE).strip().strip("*`_ \t\n")
+
+
+def _first_word_line(value: str) -> str:
+    """The tool's name: the first word of the first line that has one, so that chatter after it does no harm."""
+    match = re.search(r"[A-Za-z]\w*(?:[ -][A-Z]\w*)*", _strip_markup(value).split("\n")[0])
+    name = re.sub(r"[ -]", "_", match.group()) if match else ""
+    return next((known for known in TOOLS if known.lower() == name.lower().removesuffix("_tool")), name)
+
+
+# --- executor (frozen): a sub-goal becomes one tool call --------------------------------------------------------------
+
+EXECUTOR_PROMPT = """You turn one step of a plan into one call of a tool. Write the call on one line, with keyword \
+arguments and literal values, such as Tool_Name(argument="value"). Write nothing else.
+
+Tool:
+{tool}
+
+Question: {question}
+Context: {context}
+Sub-Goal: {sub_goal}"""
+
+
+async def execute(question: str, plan: Plan, env: ToolEnv) -> Step:
+    """Make the command for a plan and run it. A mistake becomes the step's result."""
+    if plan.tool not in TOOLS:
+        return Step(
+            plan.sub_goal,
+            plan.tool,
+            "",
+            f"Error: there is no tool {plan.tool}. Use one of: {', '.join(TOOLS)}.",
+            error="tool",
+        )
+    prompt = EXECUTOR_PROMPT.format(
+        tool=tool_metadata(TOOLS[plan.tool]), question=question, context=plan.context, sub_goal=plan.sub_goal
+    )
+    text = await env.ask("executor", prompt)
+    try:
+        command = parse_command(text)
+    except CommandError as error:
+        return Step(plan.sub_goal, plan.tool, text.strip(), f"Error: {error}", error="command")
+    result, ok = await run_tool(env, command)
+    return Step(plan.sub_goal, plan.tool, str(command), result, error="" if ok else "run")
+
+
+# --- verifier (frozen) ------------------------------------------------------------------------------------------------
+
+VERIFIER_PROMPT = """You check whether a team can stop working on a question. Compare the question with the results \
+of the steps so far. Write one short line that explains what is known or still missing, then end with one of \
+these lines:
+Conclusion: STOP
+Conclusion: CONTINUE
+Write STOP only if the results hold everything that the answer needs.
+
+Tools:
+{tools}
+
+Question: {question}
+Analysis: {analysis}
+Steps so far:{memory}"""
+
+
+def parse_verdict(text: str) -> str:
+    """STOP only when the last conclusion says so and nothing else: a doubt costs one turn, a wrong stop the answer."""
+    conclusions = re.findall(r"conclusion\W*(.*)", text, re.IGNORECASE)
+    words = re.findall(r"\b(STOP|CONTINUE)\b", conclusions[-1] if conclusions else text, re.IGNORECASE)
+    return "STOP" if words and {word.upper() for word in words} == {"STOP"} else "CONTINUE"
+
+
+# --- generator (frozen) -----------------------------------------------------------------------------------------------
+
+GENERATOR_PROMPT = """Answer the question from the results of the steps below. Write the answer alone, as a name, a \
+number or a few words, between the tags <answer> and </answer>. If the results do not hold the answer, write \
+<answer>unknown</answer>.
+
+Question: {question}
+Analysis: {analysis}
+Steps so far:{memory}"""
+
+
+def parse_answer(text: str) -> str:
+    """What stands in the last pair of answer tags; without tags there is no answer, and that earns nothing."""
+    answers = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.IGNORECASE | re.DOTALL)
+    return answers[-1].strip() if answers else ""
+
+
+# --- Algorithm 1 of the paper -----------------------------------------------------------------------------------------
+
+Planner = Callable[[str], Awaitable[Completion]]
+
+
+async def solve(
+    question: str, planner: Planner, env: ToolEnv, max_turns: int = 4, result_chars: int = 400
+) -> Trajectory:
+    """Run one question to its answer (Algorithm 1, inference in the flow).
+
+    `planner(prompt)` samples the trained policy; `env.ask(role, prompt)` asks the frozen model that plays all the other
+    modules, and `env` holds what the tools need. A coroutine for one question: engines batch whatever is pending.
+    """
+    tools = toolbox()
+    memory = Memory(question, result_chars=result_chars)  # M^1: the question, and its analysis
+    memory.analysis = (await env.ask("analyst", ANALYST_PROMPT.format(tools=tools, question=question))).strip()
+    turns = []
+    for _ in range(max_turns):
+        # The planner acts: a^t ~ pi_theta( . | q, K, M^t). The only factor of Eq. 2 that has theta.
+        prompt = PLANNER_PROMPT.format(tools=tools, question=question, analysis=memory.analysis, memory=memory.render())
+        action = await planner(prompt)
+        truncated = action.finish_reason == "length"
+        turns.append(Turn(action.prompt_ids, action.completion_ids, action.logprobs, truncated))
+
+        # The executor turns the sub-goal into a command and runs the tool: e^t.
+        try:
+            step = await execute(question, parse_plan(action.text), env)
+        except PlanError as error:
+            step = Step("none", "none", "none", f"Error: {error}", error="format")
+        memory.steps.append(step)
+
+        # The verifier decides whether M^t is enough: v^t. M^{t+1} = f_mem(M^t, a^t, e^t, v^t).
+        prompt = VERIFIER_PROMPT.format(
+            tools=tools, question=question, analysis=memory.analysis, memory=memory.render()
+        )
+        step.verdict = parse_verdict(await env.ask("verifier", prompt))
+        if step.verdict == "STOP":
+            break
+
+    # The generator writes the answer from what the memory holds: o.
+    prompt = GENERATOR_PROMPT.format(question=question, analysis=memory.analysis, memory=memory.render())
+    answer = parse_answer(await env.ask("generator", prompt))
+    return Trajectory(question, turns, memory, answer)
+
+
+def toolbox() -> str:
+    """K: what the planner is told about its tools."""
+    return "\n".join(tool_metadata(tool) for tool in TOOLS.values())
+
+
+# --- many questions at once -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AgentSystem:
+    """The engines and tools that questions are solved with. Training, evaluation and benchmarks all go through here."""
+
+    planner: Any  # the engine of the trained policy
+    frozen: Any  # the engine of the initial weights: analyst, executor, verifier, generator, the tools' model
+    corpus: Any
+    sandbox: Any
+    max_turns: int = 4
+    max_planner_tokens: int = 64
+    max_frozen_tokens: int = 64
+    result_chars: int = 400
+
+    def rollout(
+        self,
+        questions: list[str],
+        group_size: int,
+        temperature: float,
+        seed: tuple,
+        on_done: Callable[[], Any] = lambda: None,
+        keep_crashed: bool = False,
+    ) -> list[list[Trajectory]]:
+        """`group_size` trajectories of each question, all in flight together: [question][sample].
+
+        `seed` is a key such as (run seed, step); question, sample, turn and role are added to it for each request.
+        """
+        lockstep = Lockstep()
+
+        async def one(p: int, g: int) -> Trajectory:
+            order, turn = p * group_size + g, 0
+
+            async def planner(prompt: str) -> Completion:
+                nonlocal turn
+                turn += 1
+                ids = tuple(self.planner.encode(prompt))
+                key = derive_seed(*seed, p, g, turn, "planner")
+                return await lockstep.generate(
+                    self.planner, Request(ids, self.max_planner_tokens, temperature, key), order
+                )
+
+            async def ask(role: str, prompt: str) -> str:
+                request = Request(tuple(self.frozen.encode(prompt)), self.max_frozen_tokens, temperature=0.0)
+                return (await lockstep.generate(self.frozen, request, order)).text
+
+            try:
+                return await solve(
+                    questions[p], planner, ToolEnv(ask, self.corpus, self.sandbox), self.max_turns, self.result_chars
+                )
+            except EngineError:
+                raise
+            except Exception as error:
+                if not keep_crashed:
+                    raise
+                return Trajectory(questions[p], [], Memory(questions[p]), "", crash=f"{type(error).__name__}: {error}")
+            finally:
+                on_done()
+
+        flat = asyncio.run(lockstep.gather(one(p, g) for p in range(len(questions)) for g in range(group_size)))
+        return [flat[p * group_size : (p + 1) * group_size] for p in range(len(questions))]

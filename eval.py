@@ -1,0 +1,159 @@
+"""Accuracy, turns, tool use and errors of one or several planners, side by side, with the same frozen modules.
+
+python eval.py                                                    # the bundled backbone, untrained
+python eval.py --planners tinyworld/backbone runs/tinyworld-seed0 # before and after, side by side
+"""
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from agent import AgentSystem, Trajectory
+from judge import rule_judge
+from llm import TransformersEngine, UserError, best_device
+from tasks import Example, load_corpus, load_examples
+from tools import TOOLS, Sandbox
+
+
+def setting(default: Any, help: str) -> Any:
+    """A field of a config, with the text that `--help` shows beside its default."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def run_main(main: Callable[[Any], None], config_class: type) -> None:
+    """Parse the command line into the config and run; bad input is one line and exit code 2."""
+    try:
+        main(HfArgumentParser(config_class).parse_args_into_dataclasses()[0])
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@dataclass
+class EvalConfig:
+    planners: list[str] = setting(["tinyworld/backbone"], "model folders or run folders, compared side by side")
+    frozen_model: str = setting("tinyworld/backbone", "model folder of the frozen modules")
+    task: str = setting("tinyworld", "tinyworld, a folder with test.jsonl, or one JSONL file")
+    corpus: str = setting("", "file made by `python tools.py index`; empty: the articles of the bundled world")
+    split: str = setting("test", "train, dev or test")
+    questions: int = setting(0, "number of questions, from the start of the split; 0: all")
+    temperature: float = setting(1.0, "sampling temperature of the planner; 0: greedy")
+    max_turns: int = setting(4, "turn budget of a question")
+    max_planner_tokens: int = setting(64, "tokens of one planner completion, at most")
+    max_frozen_tokens: int = setting(64, "tokens of one completion of a frozen module, at most")
+    result_chars: int = setting(400, "characters of a tool result in the memory; longer ones are cut in the middle")
+    seed: int = setting(0, "seed of the sampling")
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    output: str = setting("eval.json", "file for the figures; empty: none")
+
+
+def evaluate(
+    system: AgentSystem, examples: list[Example], temperature: float, seed: tuple, label: str = "evaluating"
+) -> dict:
+    """One trajectory for each question -> accuracy with its interval, by family, and how it was reached.
+
+    Every question counts: one that crashed is wrong, and is counted under `crashed` as well.
+    """
+    with tqdm(total=len(examples), desc=label, unit="question", leave=False) as bar:
+        questions = [example.question for example in examples]
+        groups = system.rollout(questions, 1, temperature, seed, on_done=bar.update, keep_crashed=True)
+    trajectories = [group[0] for group in groups]
+    rewards = [0.0 if t.crash else rule_judge(e.question, e.answer, t.answer) for e, t in zip(examples, trajectories)]
+    by_family = {}
+    for family in sorted({example.family for example in examples}):
+        hits = [reward for reward, example in zip(rewards, examples) if example.family == family]
+        by_family[family] = {
+            "accuracy": sum(hits) / len(hits),
+            "interval": wilson(sum(hits), len(hits)),
+            "n": len(hits),
+        }
+    return {
+        "accuracy": sum(rewards) / len(rewards),
+        "interval": wilson(sum(rewards), len(rewards)),
+        "n": len(rewards),
+        "by_family": by_family,
+        **behaviour(trajectories),
+    }
+
+
+def behaviour(trajectories: list[Trajectory]) -> dict[str, Any]:
+    """How the planner worked: turns, tools (share of turns), and turns that ended in a mistake of the model."""
+    steps = [step for trajectory in trajectories for step in trajectory.memory.steps]
+    tools, errors = Counter(step.tool for step in steps), Counter(step.error for step in steps if step.error)
+    total = max(1, len(steps))
+    return {
+        "turns": len(steps) / len(trajectories),
+        "tool_shares": {tool: tools[tool] / total for tool in TOOLS},
+        "tool_error_rate": sum(errors.values()) / total,
+        "format_error_rate": errors["format"] / total,
+        "crashed": sum(bool(trajectory.crash) for trajectory in trajectories),
+    }
+
+
+def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson score): right for small n and for shares near 0 and 1 too."""
+    share, square = hits / n, z * z / n
+    centre = (share + square / 2) / (1 + square)
+    half = z / (1 + square) * math.sqrt(share * (1 - share) / n + square / (4 * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def table(results: dict[str, dict]) -> str:
+    """The results side by side, one row a figure."""
+    first = next(iter(results.values()))
+
+    def share(value: float, interval: tuple[float, float] | None = None) -> str:
+        text = f"{100 * value:5.1f} %"
+        return text + (f"  [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
+
+    rows = [("", *results)]
+    rows += [(f"accuracy (n = {first['n']})", *(share(r["accuracy"], r["interval"]) for r in results.values()))]
+    for family, figures in first["by_family"].items():
+        cells = (
+            share(r["by_family"][family]["accuracy"], r["by_family"][family]["interval"]) for r in results.values()
+        )
+        rows.append((f"  {family} (n = {figures['n']})", *cells))
+    rows.append(("turns a question", *(f"{r['turns']:5.2f}" for r in results.values())))
+    rows += [(f"  {tool}", *(share(r["tool_shares"][tool]) for r in results.values())) for tool in TOOLS]
+    rows.append(("turns with an error", *(share(r["tool_error_rate"]) for r in results.values())))
+    if any(r["crashed"] for r in results.values()):
+        rows.append(("crashed questions", *(str(r["crashed"]) for r in results.values())))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def planner_folder(path: str) -> str:
+    """A run's checkpoint where `path` is a run folder, else `path` itself."""
+    checkpoint = Path(path) / "checkpoint"
+    return str(checkpoint) if checkpoint.is_dir() else path
+
+
+def main(config: EvalConfig) -> None:
+    device = best_device(config.device)
+    examples = load_examples(config.task, config.split)[: config.questions or None]
+    frozen = TransformersEngine(config.frozen_model, device)
+    sandbox, corpus = Sandbox(), load_corpus(config.corpus)
+    print(sandbox.describe())
+    limits = (config.max_turns, config.max_planner_tokens, config.max_frozen_tokens, config.result_chars)
+    results = {}
+    for path in config.planners:
+        system = AgentSystem(TransformersEngine(planner_folder(path), device), frozen, corpus, sandbox, *limits)
+        results[path] = evaluate(system, examples, config.temperature, (config.seed, "eval"), label=path)
+    print(table(results))
+    if config.output:
+        Path(config.output).write_text(json.dumps({"config": asdict(config), "results": results}, indent=2))
+        print(f"figures: {config.output}")
+
+
+if __name__ == "__main__":
+    run_main(main, EvalConfig)

@@ -1,0 +1,218 @@
+"""The engine on the bundled backbone: exact log-probs, seeds, EOS, batching that changes nothing, lockstep."""
+
+import asyncio
+import subprocess
+import sys
+from itertools import islice
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+import llm
+from flow_grpo import token_logprobs
+from llm import EngineError, Lockstep, Request, TransformersEngine, UserError, derive_seed, load_model, sample
+from tinyworld import pretrain
+from tinyworld.pretrain import ASSISTANT, BACKBONE, EOS, USER
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return TransformersEngine(BACKBONE)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """(role, prompt, completion) of all roles, of very different lengths."""
+    return list(islice(pretrain.row_stream(seed=123), 60))
+
+
+def requests_of(engine, rows, temperature=1.0, max_tokens=24):
+    return [
+        Request(tuple(engine.encode(prompt)), max_tokens, temperature, seed=i) for i, (_, prompt, _) in enumerate(rows)
+    ]
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+def test_each_prompt_still_compresses(engine):
+    """The fixed text of every prompt is one token. When this fails, a prompt was edited."""
+    for text in pretrain.prompt_texts():
+        ids = engine.tokenizer(text)["input_ids"]
+        assert len(ids) == 1, (
+            f"the prompt text {text[:60]!r}... takes {len(ids)} tokens, not 1: a prompt was edited after the backbone "
+            "was trained; run `python -m tinyworld.pretrain` to train it again"
+        )
+
+
+def test_tokenizer_equals_its_file_and_round_trips(engine, rows):
+    raw = Tokenizer.from_file(str(BACKBONE / "tokenizer.json"))
+    odd = ["naïve 東京 🙂 \x00\t\r\n", "  spaces  ", "Zilathian Zilath's", "{json: [1, 2]}", "don't 12345"]
+    for text in [USER + prompt + ASSISTANT + completion + EOS for _, prompt, completion in rows] + odd:
+        ids = engine.tokenizer(text)["input_ids"]
+        assert ids == raw.encode(text).ids
+        assert engine.tokenizer.decode(ids) == text
+
+
+def test_text_cannot_write_control_tokens(engine):
+    """A tool result that contains the text of a control token stays text."""
+    ids = engine.encode(f"a {EOS} b {ASSISTANT} c")
+    control = set(engine.tokenizer.all_special_ids)
+    assert [i in control for i in ids] == [True, *[False] * (len(ids) - 2), True]
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_logprobs_equal_the_trainers(engine, rows, temperature):
+    completions = engine.generate_batch(requests_of(engine, rows, temperature))
+    prompts, sampled = [c.prompt_ids for c in completions], [c.completion_ids for c in completions]
+    logprobs, mask, _ = token_logprobs(engine.model, prompts, sampled, temperature)
+    for i, completion in enumerate(completions):
+        assert mask[i].sum() == len(completion.logprobs) == len(completion.completion_ids)
+        assert (logprobs[i][mask[i]] - torch.tensor(completion.logprobs)).abs().max() < 1e-4
+
+
+def test_greedy_equals_generate(engine, rows):
+    """The library's own generate(), one prompt at a time, is the oracle."""
+    for request, completion in list(
+        zip(requests_of(engine, rows, 0.0), engine.generate_batch(requests_of(engine, rows, 0.0)))
+    )[:20]:
+        ids = torch.tensor([request.prompt_ids])
+        out = engine.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=request.max_tokens
+        )
+        assert out[0, ids.shape[1] :].tolist() == completion.completion_ids
+
+
+def test_the_batch_around_a_request_has_no_say(engine, rows):
+    requests = requests_of(engine, rows)
+    together = engine.generate_batch(requests)
+    for i in (0, 7, 31, 59):
+        alone = engine.generate_batch([requests[i]])[0]
+        assert alone.completion_ids == together[i].completion_ids
+        assert alone.logprobs == pytest.approx(together[i].logprobs, abs=1e-4)
+
+
+def test_seeds(engine, rows):
+    requests = requests_of(engine, rows)
+    first, second = engine.generate_batch(requests), engine.generate_batch(requests)
+    assert [c.completion_ids for c in first] == [c.completion_ids for c in second]
+    others = [Request(r.prompt_ids, r.max_tokens, r.temperature, r.seed + 1000) for r in requests]
+    assert [c.completion_ids for c in engine.generate_batch(others)] != [c.completion_ids for c in first]
+    keys = [(0, 1, p, g, t, "planner") for p in range(8) for g in range(8) for t in range(4)]
+    assert len({derive_seed(*key) for key in keys}) == len(keys)
+
+
+def test_eos_is_included_and_a_cut_row_is_flagged(engine, rows):
+    eos = engine.tokenizer.eos_token_id
+    for completion in engine.generate_batch(requests_of(engine, rows, max_tokens=64)):
+        if completion.finish_reason == "stop":
+            assert completion.completion_ids[-1] == eos and EOS not in completion.text
+    planner = [row for row in rows if row[0] == "planner"]
+    for completion in engine.generate_batch(requests_of(engine, planner, max_tokens=3)):
+        assert completion.finish_reason == "length" and len(completion.completion_ids) == 3
+        assert eos not in completion.completion_ids
+
+
+def test_identical_greedy_requests_are_computed_once(engine, rows, monkeypatch):
+    computed = []
+    generate = engine._generate
+    monkeypatch.setattr(engine, "_generate", lambda requests: computed.extend(requests) or generate(requests))
+    request = requests_of(engine, rows, 0.0)[0]
+    completions = engine.generate_batch([request] * 8)
+    assert len(computed) == 1 and len(completions) == 8
+    sampled = Request(request.prompt_ids, 24, 1.0, seed=1)
+    engine.generate_batch([sampled] * 8)
+    assert len(computed) == 9
+
+
+def test_sample_draws_from_the_policy():
+    """Frequencies over many uniforms equal the softmax at the temperature; impossible tokens never come."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -torch.inf]])
+    n = 20000
+    tokens, logprobs = sample(logits.expand(n, 4), torch.full((n,), 0.7), (torch.arange(n).double() + 0.5) / n)
+    expected = torch.softmax(logits[0] / 0.7, dim=-1)
+    assert torch.allclose(torch.bincount(tokens, minlength=4) / n, expected, atol=1e-3)
+    assert torch.allclose(logprobs.exp(), expected[tokens], atol=1e-6)
+    tokens, _ = sample(logits.expand(2, 4), torch.ones(2), torch.tensor([0.0, 1 - 2**-24], dtype=torch.float64))
+    assert tokens.tolist() == [0, 2]
+
+
+def test_new_weights_change_the_samples_and_only_this_engine(rows):
+    engine, other = TransformersEngine(BACKBONE), TransformersEngine(BACKBONE)
+    requests = requests_of(engine, rows, 0.0)
+    before = [c.completion_ids for c in engine.generate_batch(requests)]
+    noise = torch.Generator().manual_seed(0)
+    state = {k: v + 0.3 * v.std() * torch.randn(v.shape, generator=noise) for k, v in engine.model.state_dict().items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied
+    engine.load_weights(state)
+    assert [c.completion_ids for c in engine.generate_batch(requests)] != before
+    assert [c.completion_ids for c in other.generate_batch(requests)] == before
+
+
+# --- lockstep ---------------------------------------------------------------------------------------------------------
+
+
+class CountingEngine:
+    def __init__(self):
+        self.batches = []
+
+    def generate_batch(self, requests):
+        self.batches.append([r.seed for r in requests])
+        return [r.seed for r in requests]
+
+
+def test_lockstep_waits_for_all_and_orders_by_trajectory():
+    engine, lockstep = CountingEngine(), Lockstep()
+
+    async def trajectory(order):
+        for turn in range(1 + order % 3):
+            await asyncio.sleep(0.01 * (3 - order % 4) if order % 4 < 3 else 0)  # a tool in flight
+            await lockstep.generate(engine, Request((1,), 1, 0.0, seed=10 * order + turn), order)
+        return order
+
+    assert asyncio.run(lockstep.gather(trajectory(i) for i in range(6))) == list(range(6))
+    assert engine.batches == [[0, 10, 20, 30, 40, 50], [11, 21, 41, 51], [22, 52]]
+
+
+def test_a_dead_engine_stops_the_run():
+    class Dead:
+        def generate_batch(self, requests):
+            raise RuntimeError("out of memory")
+
+    lockstep = Lockstep()
+
+    async def trajectory(order):
+        await lockstep.generate(Dead(), Request((1,), 1, 0.0), order)
+
+    with pytest.raises(EngineError, match="out of memory"):
+        asyncio.run(asyncio.wait_for(lockstep.gather(trajectory(i) for i in range(4)), 5))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(UserError, match="not a model folder"):
+        load_model(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text((BACKBONE / "config.json").read_text())
+    with pytest.raises(UserError, match="no \\*.safetensors"):
+        load_model(tmp_path)
+    weights = (BACKBONE / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (tmp_path / "tokenizer.json").write_text((BACKBONE / "tokenizer.json").read_text())
+    with pytest.raises(UserError, match="cannot load"):
+        load_model(tmp_path)
+
+
+def test_llm_imports_no_vllm():
+    code = "import llm, sys; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=BACKBONE.parent.parent).returncode == 0
+
+
+def test_unknown_device():
+    with pytest.raises(UserError, match="no device"):
+        llm.best_device("tpu")

@@ -1,0 +1,93 @@
+"""The README is true: its commands run, its names exist, its files are there, and its figures are those of the runs."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import agent
+import flow_grpo
+import judge
+import tools
+from train import Config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+TINY_RUN = "--steps 1 --questions_per_step 2 --group_size 2 --dev_questions 2 --test_questions 2"
+SMALLER = {  # the same command on less work
+    "train.py": TINY_RUN,
+    "eval.py": "--questions 2 --output ''",
+    "bench.py": "--in_flight 8 --alone 1 --repeats 1 --output ''",
+}
+RUN_ELSEWHERE = {
+    "make train",
+    "make test",
+    "pytest",
+    "python -m tinyworld.pretrain --check",
+}  # CI, and tests/test_eval.py
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the files that the README's commands name."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "tinyworld").symlink_to(ROOT / "tinyworld")
+    (folder / "my_folder").mkdir()
+    for split in ("train", "dev", "test"):
+        rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(11, 15)]
+        (folder / "my_folder" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "articles.jsonl").write_text(json.dumps({"title": "Zilath", "text": "Zilath is a city."}))
+    return folder
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in RUN_ELSEWHERE])
+def test_commands_run(command, folder):
+    words = shlex.split(command)
+    assert words[0] == "python" and (ROOT / words[1]).is_file()
+    if "--help" not in words:
+        words += shlex.split(SMALLER.get(words[1], ""))
+    words = ["tinyworld/backbone" if word == "path/to/model" else word for word in words]
+    arguments, env = [sys.executable, str(ROOT / words[1]), *words[2:]], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_make_commands_exist():
+    for target in ("train", "test"):
+        assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_names_and_files_exist():
+    modules = {"agent": agent, "flow_grpo": flow_grpo, "judge": judge, "tools": tools}
+    names = re.findall(r"`(agent|flow_grpo|judge|tools)\.(\w+)`", README)
+    assert len(names) > 8
+    for module, name in names:
+        assert name == "py" or hasattr(modules[module], name), f"{module}.{name}"
+    for path in re.findall(r"`((?:\w+/)*\w+\.(?:py|jsonl|md))`", README) + re.findall(r"\]\((\w+/[\w.]+)\)", README):
+        made_by_a_run = path in ("metrics.jsonl", "train.jsonl", "dev.jsonl", "test.jsonl")
+        assert made_by_a_run or (ROOT / path).exists(), path
+    for flag in re.findall(r"`--(\w+)", README):
+        assert flag in Config.__dataclass_fields__ or flag in ("check",), flag
+
+
+def test_sizes():
+    """The core stays small enough to read in an hour."""
+    core = ("agent", "tools", "judge", "flow_grpo", "llm", "tasks", "train", "eval")
+    assert sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in core) <= 2200
+    backbone = ROOT / "tinyworld" / "backbone"
+    assert sum(file.stat().st_size for file in backbone.iterdir()) <= 6e6
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README

@@ -1,0 +1,296 @@
+"""The whole loop on the bundled backbone: a run and its folder, resume bit for bit, stops, and bad input."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from llm import UserError
+from tasks import Example
+from train import Config, questions_of_step
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(
+    steps=4,
+    questions_per_step=3,
+    group_size=4,
+    eval_every=2,
+    save_every=2,
+    dev_questions=6,
+    test_questions=12,
+    print_every=2,
+)
+
+
+def tiny(run_dir: Path, **changes) -> Config:
+    return Config(**(TINY | {"run_dir": str(run_dir)} | changes))
+
+
+def flags(config: Config) -> list[str]:
+    return [word for name, value in asdict(config).items() for word in (f"--{name}", str(value))]
+
+
+def command(config: Config, **options) -> subprocess.Popen:
+    arguments = [sys.executable, "train.py", *flags(config)]
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.time() + 90
+    while time.time() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > count:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"the run did not reach step {count}: {process.communicate()}")
+
+
+def timeless(run: Path) -> list[dict]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in m.items() if not k.startswith("t_") and k != "tokens_per_second"} for m in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    torch.set_num_threads(2)
+    train.main(tiny(run))
+    return run
+
+
+def test_what_a_run_leaves(finished):
+    assert json.loads((finished / "config.json").read_text())["group_size"] == 4
+    metrics = timeless(finished)
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
+    assert all("dev_accuracy" in m for m in metrics[1::2]) and "dev_accuracy" not in metrics[2]
+    for m in metrics[1:]:
+        assert m["ratio"] == pytest.approx(1, abs=1e-6) and m["clip_fraction"] == 0  # one update: the policy is pi_old
+        assert m["sampler_gap"] < 1e-4
+        assert 0 <= m["reward"] <= 1 and 0 <= m["zero_variance_groups"] <= 1
+    assert metrics[1]["kl"] == pytest.approx(0, abs=1e-9)  # the first step starts at the reference policy
+    assert metrics[4]["kl"] > 0
+    rollouts = [json.loads(line) for line in (finished / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 4 * 3 * 4
+    assert all(len(turn["completion_ids"]) == len(turn["logprobs"]) for r in rollouts for turn in r["turns"])
+    result = json.loads((finished / "result.json").read_text())
+    keys = {
+        "seed",
+        "test_accuracy_before",
+        "test_accuracy_after",
+        "by_family",
+        "train_seconds",
+        "peak_memory_mb",
+        "versions",
+    }
+    assert keys <= set(result)
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in finished.iterdir()} == (
+        {"config.json", "metrics.jsonl", "rollouts.jsonl", "result.json", "curves.png", "checkpoint"}
+    )
+
+
+def test_the_checkpoint_is_a_plain_model_folder(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished / "checkpoint")
+    initial = AutoModelForCausalLM.from_pretrained(ROOT / "tinyworld" / "backbone")
+    assert AutoTokenizer.from_pretrained(finished / "checkpoint").chat_template
+    assert any((a != b).any() for a, b in zip(model.parameters(), initial.parameters()))
+
+
+def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
+    """SIGKILL after step 3, one step past the last checkpoint; the same command then ends like the whole run."""
+    run = tmp_path / "killed"
+    process = command(tiny(run), env=os.environ | {"OMP_NUM_THREADS": "2"})
+    wait_for_steps(run, 3, process)
+    process.kill()
+    process.wait()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')  # and a line that was cut
+    train.main(tiny(run))
+    assert timeless(run) == timeless(finished)
+    assert (run / "rollouts.jsonl").read_bytes() == (finished / "rollouts.jsonl").read_bytes()
+    for name in ("model.safetensors",):
+        assert (run / "checkpoint" / name).read_bytes() == (finished / "checkpoint" / name).read_bytes()
+    results = [json.loads((r / "result.json").read_text()) for r in (run, finished)]
+    assert results[0]["after"] == results[1]["after"]
+
+
+def test_ctrl_c_saves_and_exits_cleanly(finished, tmp_path, capsys):
+    run = tmp_path / "stopped"
+    process = command(tiny(run, save_every=100), env=os.environ | {"OMP_NUM_THREADS": "2"})
+    wait_for_steps(run, 1, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command continues" in out and "Traceback" not in err
+    step = torch.load(run / "checkpoint" / "trainer.pt", weights_only=True)["step"]
+    assert step == len(timeless(run)) - 1 < 4
+    train.main(tiny(run, save_every=100))
+    assert "continuing after step" in capsys.readouterr().out
+    assert timeless(run) == timeless(finished)
+
+
+def test_a_finished_run_is_not_trained_again(finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    train.main(tiny(finished))
+    out = capsys.readouterr().out
+    assert "is finished" in out and "accuracy (n = 12)" in out and "curves.png" in out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_seed_changes_everything_random(finished, tmp_path):
+    train.main(tiny(tmp_path / "other", seed=1, steps=1, save_every=1))
+    first, other = ((run / "rollouts.jsonl").read_text().splitlines() for run in (finished, tmp_path / "other"))
+    questions = [
+        {json.loads(line)["question"] for line in lines if json.loads(line)["step"] == 1} for lines in (first, other)
+    ]
+    assert not questions[0] & questions[1]
+
+
+def test_several_updates_clip_and_options_run(tmp_path):
+    options = dict(updates_per_step=3, learning_rate=3e-3, clip_high=0.3, micro_batch_tokens=500)
+    departures = dict(aggregation="token-mean", normalize_std=False, tis_cap=2.0, skip_zero_variance=True)
+    train.main(tiny(tmp_path / "run", steps=1, save_every=1, **options, **departures))
+    metrics = timeless(tmp_path / "run")[1]
+    assert metrics["ratio"] != 1 and metrics["kl"] > 0
+
+
+def test_questions_of_step_is_a_stream_of_shuffled_epochs():
+    data = [Example(str(i), "") for i in range(10)]
+    drawn = [[e.question for e in questions_of_step(data, step, 4, seed=0)] for step in range(1, 6)]
+    flat = [question for step in drawn for question in step]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == sorted(e.question for e in data) and flat[:10] != flat[10:]
+    assert [e.question for e in questions_of_step(data, 3, 4, seed=0)] == drawn[
+        2
+    ]  # of the step alone: resume needs no state
+    assert [e.question for e in questions_of_step(data, 1, 25, seed=0)][:20] == flat
+
+
+# --- bad input: one clear line, exit code 2, nothing lost -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"group_size": 1}, "at least 2"),
+        ({"temperature": 0.0}, "above 0"),
+        ({"steps": 0}, "at least 1"),
+        ({"aggregation": "sum"}, "paper or token-mean"),
+        ({"model": "nowhere"}, "nowhere"),
+        ({"task": "nowhere"}, "no task nowhere"),
+        ({"corpus": "nowhere.db"}, "nowhere.db"),
+        ({"device": "tpu"}, "no device"),
+    ],
+)
+def test_bad_flags(tmp_path, changes, said):
+    with pytest.raises(UserError, match=said):
+        train.main(tiny(tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_bad_input_on_the_command_line(tmp_path):
+    for arguments, said in (
+        (["--no_such_flag", "1"], "no_such_flag"),
+        (["--group_size", "1"], "at least 2 trajectories"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "train.py", "--run_dir", str(tmp_path / "run"), *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_config_in_the_same_folder(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(UserError, match="--learning_rate.*name another with --run_dir"):
+        train.main(tiny(finished, learning_rate=1.0))
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+@pytest.mark.parametrize("damage", ["no trainer.pt", "half trainer.pt", "half weights", "no weights"])
+def test_a_half_written_checkpoint(finished, tmp_path, damage):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "checkpoint" / ("trainer.pt" if "trainer" in damage else "model.safetensors")
+    data = path.read_bytes()
+    path.unlink()
+    if damage.startswith("half"):
+        path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        train.main(tiny(run))
+    assert (run / "rollouts.jsonl").read_bytes() == (finished / "rollouts.jsonl").read_bytes()  # nothing is lost
+
+
+def test_a_kill_while_saving_leaves_a_checkpoint(finished, tmp_path, monkeypatch):
+    """Killed between any two file operations of `save`, a resume finds the new checkpoint or the last one."""
+    import shutil
+
+    policy, tokenizer = train.load_model(finished / "checkpoint")
+    optimizer = torch.optim.AdamW(policy.parameters())
+
+    class Killed(BaseException):
+        pass
+
+    operations = [(shutil, "rmtree"), (torch, "save"), (Path, "rename")]
+    for survive in range(6):
+        run = tmp_path / f"run{survive}"
+        shutil.copytree(finished, run)
+        count = 0
+        with monkeypatch.context() as patch:
+            for owner, name in operations:
+                real = getattr(owner, name)
+
+                def step(*args, real=real, **kwargs):
+                    nonlocal count
+                    if (count := count + 1) > survive:
+                        raise Killed
+                    return real(*args, **kwargs)
+
+                patch.setattr(owner, name, step)
+            with pytest.raises(Killed):
+                train.save(run, 5, policy, tokenizer, optimizer, {})
+        assert train.resume(run, policy, torch.optim.AdamW(policy.parameters()))[0] in (5, 6)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="No space left.*free some space.*the last checkpoint is intact"):
+        train.log(run / "metrics.jsonl", {"step": 1})
+
+
+def test_help_lists_every_flag_with_its_default():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    for name, value in asdict(Config()).items():
+        assert f"--{name}" in done.stdout and ("default: " in done.stdout) and str(value) in done.stdout
+
+
+def test_a_disk_that_fills_up_while_saving(tmp_path):
+    """No file may grow past 1 MB, as on a disk that is nearly full: one line, exit code 2, and the logs are kept."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    run = tmp_path / "run"
+    process = command(tiny(run, steps=2), preexec_fn=limit)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith(f"train.py: cannot write to {run} (")
+    assert len(timeless(run)) == 3 and not (run / "checkpoint").exists()

@@ -1,0 +1,443 @@
+"""Train the bundled backbone from scratch: a tiny Qwen2 that speaks the language of the agent, in other worlds.
+
+    python -m tinyworld.pretrain                 # writes tinyworld/backbone/, about an hour on 2 CPU cores
+    python -m tinyworld.pretrain --check         # measures the backbone that is there, on the test split
+
+A `Teacher` that knows the facts plays all modules through the real `agent.solve()`, so the prompts are the agent's own,
+to the letter. As executor, verifier, generator and tools' model it is perfect. As a planner it is clumsy on purpose:
+its steps are well-formed, but it prefers the wrong tool, sticks to the tool it used last, and picks its goals from what
+is in view. The backbone learns to imitate all of that; Flow-GRPO then has planning, and only planning, left to teach.
+"""
+
+import argparse
+import math
+import random
+import re
+import string
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import agent
+import tools
+from eval import evaluate, table
+from llm import Completion, Request, TransformersEngine
+from tasks import load_corpus, load_examples
+from tinyworld import world as w
+from tinyworld.world import NAMES, OPERATIONS, Question, World, ideal_plan
+
+BACKBONE = Path(__file__).parent / "backbone"
+TEST_WORLD = 0  # its facts never occur in a pretraining world
+
+# --- the teacher ------------------------------------------------------------------------------------------------------
+
+ANALYSES = {
+    "lookup": "One fact has to be looked up.",
+    "two-hop": "Two facts have to be looked up, one after the other.",
+    "three-hop": "Three facts have to be looked up, one after the other.",
+    "difference": "Two numbers have to be looked up, then subtracted.",
+    "earlier": "Two years have to be looked up and compared.",
+    "arithmetic": "A number has to be computed.",
+}
+PLAN = "Justification: {why}\nContext: {context}\nSub-Goal: {sub_goal}\nTool Name: {tool}"
+FIND, COMPUTE, LOOKED_UP = "A fact is still missing.", "The numbers are known.", "The numbers have been looked up."
+HOLD = "The results hold the answer.\nConclusion: STOP"
+MISSING = "Something is still missing.\nConclusion: CONTINUE"
+UNKNOWN = "<answer>unknown</answer>"
+CODE = "```python\nprint({})\n```"
+NO_TOOL = "Calculator"  # a tool that does not exist: the rarest of the planner's habits
+
+TOOL_HABITS = {  # what a clumsy planner reaches for, by kind of goal
+    FIND: {"Base_Generator": 0.62, "Search": 0.2, "Python_Coder": 0.16, NO_TOOL: 0.02},
+    COMPUTE: {"Base_Generator": 0.57, "Search": 0.2, "Python_Coder": 0.21, NO_TOOL: 0.02},
+    LOOKED_UP: {"Base_Generator": 0.46, "Search": 0.12, "Python_Coder": 0.4, NO_TOOL: 0.02},
+}
+STICKY = 0.7  # chance to use the tool of the last step again, when it suits the habit
+INSIGHT = {"lookup": 0.2, "two-hop": 0.3, "three-hop": 0.4, "difference": 0.8, "earlier": 0.2, "arithmetic": 0.2}
+# chance that a clumsy goal is the right one, else it is picked at random from what is in view: higher where a random
+# plan would never succeed, since a family in which no rollout succeeds gives Flow-GRPO nothing to compare
+
+
+class Teacher:
+    """Plays every module for one question. A pure function of the prompt, the question's facts and the dice."""
+
+    def __init__(self, question: Question, world: World, rng: random.Random, skill: float):
+        self.question, self.world, self.rng = question, world, rng
+        self.skill = skill  # chance that the step which is really run is the ideal one
+        self.rows: list[tuple[str, str, str]] = []  # (role, prompt, completion)
+
+    async def plan(self, prompt: str) -> Completion:
+        """The row to learn is always clumsy; the step that is run may be ideal, so that good states are seen too."""
+        self.rows.append(("planner", prompt, self.clumsy_plan(prompt)))
+        ideal = self.next_ideal(prompt)
+        use_ideal = ideal is not None and self.rng.random() < self.skill
+        text = render_plan(ideal, justification(ideal, prompt)) if use_ideal else self.clumsy_plan(prompt)
+        return Completion([], [], [], text, "stop")
+
+    async def ask(self, role: str, prompt: str) -> str:
+        self.rows.append((role, prompt, text := getattr(self, role)(prompt)))
+        return text
+
+    # What an ideal planner would do next, and whether the memory already holds what the answer needs.
+
+    def next_ideal(self, prompt: str) -> w.Step | None:
+        return next((step for step in ideal_plan(self.question) if not self.is_done(step, prompt)), None)
+
+    def is_done(self, step: w.Step, prompt: str) -> bool:
+        if step.tool == "Search":
+            return f"\nResult: {step.context}: {self.world.articles[step.context]}" in prompt
+        return f'\nTool: Python_Coder\nCommand: Python_Coder(query="{expression(step)}")' in prompt
+
+    # The frozen modules, perfect.
+
+    def analyst(self, prompt: str) -> str:
+        return ANALYSES[self.question.family]
+
+    def executor(self, prompt: str) -> str:
+        tool = prompt.split("Tool:\n")[1].split("(")[0]
+        context, sub_goal = prompt.rsplit("\nContext: ")[1].split("\nSub-Goal: ")
+        return f'{tool}(query="{expression(w.Step(context, sub_goal, tool))}")'
+
+    def coder(self, prompt: str) -> str:
+        query = prompt.removeprefix(literals(tools.PYTHON_CODER_PROMPT)[0])
+        return CODE.format(query if re.fullmatch(r"\d+ [-+*] \d+", query) else '"unknown"')
+
+    def base(self, prompt: str) -> str:
+        return "I do not know."
+
+    def verifier(self, prompt: str) -> str:
+        return MISSING if self.next_ideal(prompt) else HOLD
+
+    def generator(self, prompt: str) -> str:
+        return UNKNOWN if self.next_ideal(prompt) else f"<answer>{self.question.answer}</answer>"
+
+    # The clumsy planner.
+
+    def clumsy_plan(self, prompt: str) -> str:
+        goal = self.next_ideal(prompt) if self.rng.random() < INSIGHT[self.question.family] else None
+        goal = goal or self.random_goal(prompt)
+        why = justification(goal, prompt)
+        habits = dict(TOOL_HABITS[why])
+        last = re.findall(r"\nTool: (\w+)\nCommand", prompt)
+        if last and why == FIND:
+            habits = {tool: share * (1 - STICKY) + STICKY * (tool == last[-1]) for tool, share in habits.items()}
+        tool = self.rng.choices(list(habits), list(habits.values()))[0]
+        return render_plan(goal._replace(tool=tool), why)
+
+    def random_goal(self, prompt: str) -> w.Step:
+        """Anything that is in view: an entity with a relation of the question, or two numbers with some operation."""
+        asked = self.question.question
+        relations = [r for r in RELATIONS if f"the {r}" in asked]
+        relations += [r for r, text in w.EARLIER.items() if asked.startswith(literals(text)[0])]
+        if not relations:  # arithmetic
+            return w.compute(*re.findall(r"\d+", asked), self.rng.choice(list(OPERATIONS)))
+        view = prompt.split("\nQuestion: ")[1]
+        numbers = re.findall(r" (\d{3,})\b", "".join(re.findall(r"Result: .*", view)))
+        compute_chance = 0.3 if self.question.family == "difference" else 0.03
+        if len(numbers) > 1 and self.rng.random() < compute_chance:
+            return w.compute(*self.rng.sample(numbers, 2), self.rng.choice(list(OPERATIONS)))
+        entities = sorted(set(re.findall(r"[A-Z][a-z]+", view)) & NAME_SET)
+        return w.find(self.rng.choice(relations), self.rng.choice(entities))
+
+
+RELATIONS = [*w.ENTITY_RELATIONS, *w.NUMBER_RELATIONS]
+NAME_SET = set(NAMES)
+
+
+def justification(step: w.Step, prompt: str) -> str:
+    if step.sub_goal.startswith("Find"):
+        return FIND
+    return LOOKED_UP if "\nTool: Search\n" in prompt else COMPUTE
+
+
+def render_plan(step: w.Step, why: str) -> str:
+    return PLAN.format(why=why, context=step.context, sub_goal=step.sub_goal, tool=step.tool)
+
+
+def expression(step: w.Step) -> str:
+    """The query a perfect executor makes of a context and a sub-goal."""
+    if step.sub_goal.startswith("Find "):
+        return f"{step.sub_goal.removeprefix('Find ')} of {step.context}"
+    operation = next(op for op, text in OPERATIONS.items() if text == step.sub_goal)
+    left, right = step.context.split(", ")
+    return f"{left} {operation} {right}"
+
+
+class TeacherSandbox:
+    """Stands for the sandbox while transcripts are made: the teacher's own programs print one result of two numbers."""
+
+    async def run(self, code: str) -> str:
+        if not (match := re.search(r"(\d+) ([-+*]) (\d+)", code)):
+            return "unknown"
+        left, right = int(match[1]), int(match[3])
+        return str({"+": left + right, "-": left - right, "*": left * right}[match[2]])
+
+
+def transcript(
+    question: Question, world: World, corpus: tools.Corpus, rng: random.Random, skill: float
+) -> tuple[Teacher, agent.Trajectory]:
+    """Run the real loop with a teacher in all roles."""
+    teacher = Teacher(question, world, rng, skill)
+    env = tools.ToolEnv(ask=teacher.ask, corpus=corpus, sandbox=TeacherSandbox())
+    return teacher, drive(agent.solve(question.question, teacher.plan, env))
+
+
+def drive(coroutine):
+    """Run a coroutine that never really waits, without the cost of an event loop."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise RuntimeError("a teacher never waits")
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------------
+
+EOS, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def literals(template: str) -> list[str]:
+    """The fixed text of a format string."""
+    return [text for text, *_ in string.Formatter().parse(template) if text]
+
+
+def prompt_texts() -> list[str]:
+    """The fixed text of every prompt, and each tool's description."""
+    prompts = [agent.ANALYST_PROMPT, agent.PLANNER_PROMPT, agent.EXECUTOR_PROMPT, agent.VERIFIER_PROMPT]
+    prompts += [agent.GENERATOR_PROMPT, agent.MEMORY_STEP, agent.MEMORY_VERDICT]
+    prompts += [tools.BASE_GENERATOR_PROMPT, tools.PYTHON_CODER_PROMPT]
+    return [text for prompt in prompts for text in literals(prompt)] + [
+        tools.tool_metadata(t) for t in tools.TOOLS.values()
+    ]
+
+
+def fixed_texts() -> list[str]:
+    """All texts that become one token each: prompts, what the modules write, the encyclopedia's phrases, the names."""
+    texts = prompt_texts() + ["\n"]
+    texts += [text.replace("{why}", why) for why in TOOL_HABITS for text in [PLAN.split("{context}")[0]]]
+    texts += ["\nSub-Goal: Find ", "\nTool Name: ", *tools.TOOLS, NO_TOOL, *OPERATIONS.values(), "Find ", "CONTINUE"]
+    texts += [f'{tool}(query="' for tool in tools.TOOLS] + [
+        '")',
+        *literals(CODE),
+        '"unknown"',
+        *(f" {op} " for op in OPERATIONS),
+    ]
+    texts += [
+        *ANALYSES.values(),
+        HOLD,
+        MISSING,
+        "<answer>",
+        "</answer>",
+        "unknown",
+        "I do not know.",
+        "No results.",
+        "none",
+    ]
+    texts += [f"the {relation}" for relation in RELATIONS] + [" of ", "What is ", "Who is ", "?", " and ", " or ", ", "]
+    texts += ["the difference between "] + [text for template in w.EARLIER.values() for text in literals(template)]
+    texts += [text for article in w.ARTICLES.values() for text in literals(article)] + [": "]
+    texts += ["Error: there is no tool ", ". Use one of: " + ", ".join(tools.TOOLS) + "."]
+    pairs_of_digits = [f"{number:02d}" for number in range(100)]  # a year is two tokens to copy, not four
+    return list(dict.fromkeys([*texts, *NAMES, *pairs_of_digits]))
+
+
+def build_tokenizer(folder: Path) -> None:
+    """A byte-level BPE without merges, so any text survives unchanged; fixed texts and names are added tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    qwen_words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    qwen_words += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(qwen_words), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in (EOS, USER, ASSISTANT)])
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in fixed_texts()])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+FAMILY_SHARE = {"lookup": 1, "two-hop": 2, "three-hop": 3, "difference": 4, "earlier": 3, "arithmetic": 2}
+KEEP = {"analyst": 0.05, "base": 0.05, "executor": 0.4, "coder": 0.8, "planner": 0.4, "verifier": 0.5, "generator": 1.0}
+KEEP_UNKNOWN = 0.3  # of the generator's rows without an answer: there is little to learn from them
+SKILLS = (0.0, 0.5, 0.8, 0.95, 1.0)  # transcripts range from a clumsy planner's to a nearly ideal one's
+
+
+def row_stream(seed: int):
+    """Endless (role, prompt, completion) rows, a new world every 100 questions, without any fact of the test world."""
+    rng = random.Random(f"pretrain {seed}")
+    avoid = World(TEST_WORLD).all_facts()
+    families, shares = list(FAMILY_SHARE), list(FAMILY_SHARE.values())
+    for world_seed in range(1_000_000 * (seed + 1), 1_000_000 * (seed + 2)):
+        world = World(world_seed, avoid)
+        corpus = tools.Corpus.from_articles(world.articles.items())
+        for _ in range(100):
+            question = world.sample_question(rng.choices(families, shares)[0], rng)
+            teacher, _ = transcript(question, world, corpus, rng, rng.choice(SKILLS))
+            for role, prompt, completion in teacher.rows:
+                if rng.random() < KEEP[role] * (KEEP_UNKNOWN if completion == UNKNOWN else 1):
+                    yield role, prompt, completion
+
+
+def batch_stream(tokenizer, seed: int, rows_per_step: int, prompt_weight: float, parts: int = 4):
+    """Endless steps, each a list of (ids (B, S), weights (B, S)): a random mix of rows, in parts of similar length.
+
+    The weights of a step sum to 1 over the tokens to write, and to `prompt_weight` over the tokens of the prompts.
+    """
+    rows, encode = row_stream(seed), encoder(tokenizer)
+    rng, pool = random.Random(f"batches {seed}"), []
+    while True:
+        while (
+            len(pool) < 16 * rows_per_step
+        ):  # far more than a question's own rows, so that a step mixes many questions
+            pool.append(encode(*next(rows)[1:]))
+        batch = sorted((pool.pop(rng.randrange(len(pool))) for _ in range(rows_per_step)), key=lambda row: len(row[0]))
+        written = sum(len(ids) - begin for ids, begin in batch)
+        read = sum(begin - 1 for _, begin in batch)
+        step = []
+        for part in (batch[n * rows_per_step // parts : (n + 1) * rows_per_step // parts] for n in range(parts)):
+            width = len(part[-1][0])
+            ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in part])
+            starts, ends = torch.tensor([[begin, len(ids)] for ids, begin in part]).T[:, :, None]
+            position = torch.arange(width)
+            weights = torch.where(position < starts, prompt_weight / read, 1 / written) * (position < ends)
+            step.append((ids, weights))
+        yield step
+
+
+def encoder(tokenizer):
+    def encode(prompt: str, completion: str) -> tuple[list[int], int]:
+        prompt_ids = tokenizer(f"{USER}{prompt}{ASSISTANT}")["input_ids"]
+        return prompt_ids + tokenizer(f"{completion}{EOS}")["input_ids"], len(prompt_ids)
+
+    return encode
+
+
+def pretrain(out: Path, steps: int, seed: int, lr: float, muon_lr: float, rows_per_step: int, prompt_weight: float):
+    build_tokenizer(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,  # head size 32
+        num_key_value_heads=4,
+        intermediate_size=320,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.08,  # names far apart from the start: copying them is learned several times sooner
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}")
+    # Muon for the matrices of the layers, AdamW for embeddings, norms and biases: fewer steps than AdamW alone.
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+    def share_of_lr(step: int) -> float:  # warm-up, then cosine
+        return min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr) for optimizer in optimizers]
+    batches, started, running = batch_stream(tokenizer, seed, rows_per_step, prompt_weight), time.time(), None
+    for step in (bar := tqdm(range(steps), desc="pretraining", unit="step")):
+        total = 0.0
+        for ids, weights in next(batches):
+            hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+            real = weights[:, 1:] > 0
+            losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[real]), ids[:, 1:][real], reduction="none")
+            loss = (losses * weights[:, 1:][real]).sum()
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+        running = total if running is None else 0.98 * running + 0.02 * total
+        bar.set_postfix(loss=f"{running:.3f}")
+        if (step + 1) % 500 == 0:
+            model.save_pretrained(out)
+    model.save_pretrained(out)
+    print(f"trained {steps} steps in {(time.time() - started) / 60:.1f} minutes; loss {running:.3f}; wrote {out}")
+
+
+# --- what it reached --------------------------------------------------------------------------------------------------
+
+
+class IdealPlanner:
+    """An engine that answers every planner prompt with the ideal next step; its prompt ids are the prompt itself."""
+
+    def __init__(self, questions: list[Question], world: World):
+        self.teachers = {q.question: Teacher(q, world, random.Random(0), skill=1.0) for q in questions}
+
+    def encode(self, prompt: str) -> list[str]:
+        return [prompt]
+
+    def generate_batch(self, requests: list[Request]) -> list[Completion]:
+        return [self._complete(request.prompt_ids[0]) for request in requests]
+
+    def _complete(self, prompt: str) -> Completion:
+        teacher = self.teachers[prompt.split("\nQuestion: ")[1].split("\n")[0]]
+        step = teacher.next_ideal(prompt)
+        text = render_plan(step, justification(step, prompt)) if step else "The plan is complete."
+        return Completion([prompt], [0], [0.0], text, "stop")
+
+
+def check(folder: Path) -> None:
+    """The requirements on the backbone, measured on the test split with the real tools."""
+    world, examples = World(TEST_WORLD), load_examples("tinyworld", "test")
+    engine, sandbox = TransformersEngine(folder), tools.Sandbox()
+    ideal = IdealPlanner(world.questions("test"), world)
+    systems = [agent.AgentSystem(planner, engine, load_corpus(), sandbox) for planner in (ideal, engine)]
+    results = {
+        "ideal plans": evaluate(systems[0], examples, 0.0, ("check",)),
+        "sampled, T = 1": evaluate(systems[1], examples, 1.0, ("check",)),
+        "greedy": evaluate(systems[1], examples, 0.0, ("check",)),
+    }
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    print(f"{folder}: {sum(p.numel() for p in engine.model.parameters()) / 1e6:.2f} M parameters, {size:.1f} MB")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=BACKBONE, help="folder to write the model to, or to check")
+    parser.add_argument("--check", action="store_true", help="train nothing, measure the model in --out")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    parser.add_argument(
+        "--rows_per_step", type=int, default=64, help="prompts with their completions in one optimizer step"
+    )
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW (embeddings) at its peak")
+    parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of Muon (matrices) at its peak")
+    parser.add_argument("--prompt_weight", type=float, default=1.0, help="weight of the loss on prompt tokens")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the worlds and the order")
+    args = parser.parse_args()
+    if not args.check:
+        pretrain(args.out, args.steps, args.seed, args.lr, args.muon_lr, args.rows_per_step, args.prompt_weight)
+    check(args.out)

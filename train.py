@@ -1,0 +1,499 @@
+"""Train the planner in the flow: rollouts of the whole system, a Flow-GRPO step, new weights to the engine; again.
+
+    python train.py                                   # the bundled world and backbone: minutes on a laptop
+    python train.py --seed 1 --run_dir runs/other     # every flag: python train.py --help
+
+A run leaves a folder: config.json, metrics.jsonl (a line a step), rollouts.jsonl, curves.png, result.json, and
+checkpoint/, a plain Hugging Face folder plus the optimizer. The same command continues a run that was stopped, bit for
+bit on a CPU: each request's seed is derived from the run's seed, the step, the question, the sample and the turn, so
+there is no other random state to keep.
+"""
+
+import errno
+import json
+import math
+import platform
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from agent import AgentSystem, Trajectory
+from eval import behaviour, evaluate, run_main, setting, table
+from flow_grpo import broadcast_to_turns, flow_grpo_loss, group_advantages, micro_batches, row_weights, token_logprobs
+from judge import rule_judge
+from llm import TransformersEngine, UserError, best_device, load_model
+from tasks import Example, load_corpus, load_examples
+from tools import Sandbox
+
+
+@dataclass
+class Config:
+    # the run
+    run_dir: str = setting("", "folder of the run; empty: runs/TASK-seedSEED")
+    seed: int = setting(0, "seed of everything random")
+    steps: int = setting(60, "rollout batches, each followed by a policy update")
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    # the system
+    model: str = setting(
+        "tinyworld/backbone", "model folder or hub name; starts the planner and plays the frozen modules"
+    )
+    task: str = setting("tinyworld", "tinyworld, or a folder with train.jsonl, dev.jsonl and test.jsonl")
+    corpus: str = setting("", "file made by `python tools.py index`; empty: the articles of the bundled world")
+    max_turns: int = setting(4, "turn budget of a question")
+    max_planner_tokens: int = setting(64, "tokens of one planner completion, at most")
+    max_frozen_tokens: int = setting(64, "tokens of one completion of a frozen module, at most")
+    result_chars: int = setting(400, "characters of a tool result in the memory; longer ones are cut in the middle")
+    # Flow-GRPO
+    questions_per_step: int = setting(16, "P, questions of one step")
+    group_size: int = setting(8, "G, trajectories of each question, at least 2")
+    temperature: float = setting(1.0, "sampling temperature of the planner, in rollouts, loss and evaluation")
+    learning_rate: float = setting(3e-4, "of AdamW, after the warm-up")
+    warmup_steps: int = setting(3, "optimizer steps over which the learning rate rises linearly")
+    weight_decay: float = setting(0.0, "of AdamW")
+    max_grad_norm: float = setting(1.0, "the gradient is scaled down to this norm")
+    updates_per_step: int = setting(1, "optimizer steps on each rollout batch; from the second on the ratio is clipped")
+    clip_low: float = setting(0.2, "epsilon below 1 (Eq. 5)")
+    clip_high: float = setting(0.2, "epsilon above 1 (Eq. 5); the authors ran 0.3")
+    kl_coef: float = setting(0.001, "beta, weight of the KL to the initial policy (Eq. 5)")
+    aggregation: str = setting(
+        "paper", "paper: mean over trajectories, turns, tokens (Eq. 5); token-mean: as the authors ran it"
+    )
+    normalize_std: bool = setting(True, "divide the advantages by the group's standard deviation (Eq. 7)")
+    tis_cap: float = setting(0.0, "cap of the importance weights trainer / sampler; 0: no such weights")
+    skip_zero_variance: bool = setting(False, "leave out groups whose rewards are all equal: less work, no KL pull")
+    micro_batch_tokens: int = setting(16384, "tokens of one forward and backward pass, padding included")
+    # what you see
+    eval_every: int = setting(10, "steps between evaluations on the dev questions")
+    dev_questions: int = setting(0, "questions of an evaluation on dev; 0: the whole split")
+    test_questions: int = setting(0, "questions of the test before and after; 0: the whole split")
+    save_every: int = setting(10, "steps between checkpoints")
+    print_every: int = setting(20, "steps between printed trajectories; 0: none")
+
+
+def main(config: Config) -> None:
+    check(config)
+    run = Path(config.run_dir or f"runs/{Path(config.task).name}-seed{config.seed}")
+    start_run(run, config)
+    device = best_device(config.device)
+
+    # Four parts: the policy that is trained, the engine that samples it, the frozen engine that plays every other
+    # module, and the tools. The frozen engine holds the initial weights, so its model is the reference policy too.
+    train_set, dev_set, test_set = (load_examples(config.task, split) for split in ("train", "dev", "test"))
+    dev_set, test_set = dev_set[: config.dev_questions or None], test_set[: config.test_questions or None]
+    frozen_engine = TransformersEngine(config.model, device)
+    planner_engine = TransformersEngine(config.model, device)
+    policy, tokenizer = load_model(config.model, device)
+    ref_policy = frozen_engine.model
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    sandbox = Sandbox()
+    system = AgentSystem(
+        planner=planner_engine, frozen=frozen_engine, corpus=load_corpus(config.corpus), sandbox=sandbox,
+        max_turns=config.max_turns, max_planner_tokens=config.max_planner_tokens,
+        max_frozen_tokens=config.max_frozen_tokens, result_chars=config.result_chars,
+    )  # fmt: skip
+    print(
+        f"{run}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters on {device}; {sandbox.describe()}"
+    )
+
+    # Resume: weights, optimizer and step of the last checkpoint; log lines of later steps are dropped and made again.
+    first_step, result = resume(run, policy, optimizer)
+    if (run / "result.json").exists() and first_step > config.steps:
+        print(f"{run} is finished; for another run, remove it or name another folder with --run_dir")
+        return report(run)
+    if first_step > 1:
+        planner_engine.load_weights(policy.state_dict())
+        print(f"continuing after step {first_step - 1}")
+    else:
+        result["before"] = evaluate(system, test_set, config.temperature, (config.seed, "test"), "test before training")
+        log(run / "metrics.jsonl", {"step": 0, "test_accuracy": result["before"]["accuracy"]})
+
+    stop = StopRequest()
+    for step in range(first_step, config.steps + 1):
+        clock = Clock()
+
+        # --- evaluate on the dev questions, with the policy this step starts from
+        metrics = {"step": step}
+        if (step - 1) % config.eval_every == 0:
+            metrics["dev_accuracy"] = evaluate(system, dev_set, config.temperature, (config.seed, "dev"), "dev")[
+                "accuracy"
+            ]
+        clock.lap("eval")
+
+        # --- roll out: P questions, G trajectories of each, through planner, executor, verifier and generator
+        questions = questions_of_step(train_set, step, config.questions_per_step, config.seed)
+        with tqdm(total=len(questions) * config.group_size, desc=f"step {step} rollouts", leave=False) as bar:
+            texts = [example.question for example in questions]
+            groups = system.rollout(
+                texts, config.group_size, config.temperature, (config.seed, step), on_done=bar.update
+            )
+        clock.lap("rollout")
+
+        # --- score: one outcome reward for each trajectory
+        for example, group in zip(questions, groups):
+            for trajectory in group:
+                trajectory.reward = rule_judge(example.question, example.answer, trajectory.answer)
+        rewards = torch.tensor([[trajectory.reward for trajectory in group] for group in groups])  # (P, G)
+
+        # --- advantages: normalised within the group (Eq. 7), broadcast to every turn (Eq. 4)
+        advantages = group_advantages(rewards, config.normalize_std)  # (P, G)
+        trajectories = [trajectory for group in groups for trajectory in group]
+        for trajectory, advantage in zip(trajectories, advantages.flatten().tolist()):
+            trajectory.advantage = advantage
+        turns = [turn for trajectory in trajectories for turn in trajectory.turns]  # B rows
+        num_turns = [len(trajectory.turns) for trajectory in trajectories]
+        num_tokens = [len(turn.completion_ids) for turn in turns]
+        row_advantages = broadcast_to_turns(advantages, num_turns)  # (B,)
+        weights = row_weights(num_turns, num_tokens, config.aggregation)  # (B,)
+
+        # --- micro-batches of similar length. Rollouts of a group often write the same plan from the same memory: such
+        # rows are computed once and then copied, which leaves the loss and its gradient what they are.
+        copies: dict[tuple, list[int]] = {}
+        for i, turn in enumerate(turns):
+            if row_advantages[i] != 0 or not config.skip_zero_variance:
+                copies.setdefault((tuple(turn.prompt_ids), tuple(turn.completion_ids)), []).append(i)
+        lengths = [len(prompt) + len(completion) for prompt, completion in copies]
+        distinct = list(copies.values())  # row numbers, those of equal rows together
+        batches = [[distinct[d] for d in batch] for batch in micro_batches(lengths, config.micro_batch_tokens)]
+
+        def forward(model: torch.nn.Module, batch: list[list[int]]) -> list[torch.Tensor]:
+            """logprobs, mask and entropy of all rows of the batch, (B, T) each."""
+            firsts = [turns[equal_rows[0]] for equal_rows in batch]
+            prompts, completions = [turn.prompt_ids for turn in firsts], [turn.completion_ids for turn in firsts]
+            of_row = [d for d, equal_rows in enumerate(batch) for _ in equal_rows]
+            return [x[of_row] for x in token_logprobs(model, prompts, completions, config.temperature)]
+
+        with torch.no_grad():
+            ref_logprobs = [forward(ref_policy, batch)[0] if config.kl_coef else None for batch in batches]
+            # With one update the policy has not moved yet: its log-probs are the old ones, and the ratio is exactly 1.
+            old_logprobs = [forward(policy, batch)[0] if config.updates_per_step > 1 else None for batch in batches]
+        clock.lap("logprobs")
+
+        # --- update: the gradients of the micro-batches add up to that of Eq. 5, whatever the split
+        policy.train()
+        sampler_gap = 0.0  # mean |sampler - trainer| log-prob of the sampled tokens, before the first update
+        for update in range(config.updates_per_step):
+            stats = dict.fromkeys(("loss", "kl", "clip_fraction", "ratio", "entropy"), 0.0)
+            for batch, old, ref in zip(batches, old_logprobs, ref_logprobs):
+                rows = [i for equal_rows in batch for i in equal_rows]
+                logprobs, mask, entropy = forward(policy, batch)
+                sampled = torch.tensor([x for i in rows for x in turns[i].logprobs], device=device)
+                sampled = torch.zeros_like(logprobs).masked_scatter(mask, sampled)  # (B, T)
+                batch_weights = weights[rows].to(device)
+                loss, batch_stats = flow_grpo_loss(
+                    logprobs, logprobs.detach() if old is None else old, ref,
+                    row_advantages[rows].to(device), mask, batch_weights,
+                    clip_low=config.clip_low, clip_high=config.clip_high, kl_coef=config.kl_coef,
+                    sampler_logprobs=sampled if config.tis_cap else None, tis_cap=config.tis_cap or None,
+                )  # fmt: skip
+                loss.backward()
+                token_weights = mask * (batch_weights / mask.sum(dim=1))[:, None]
+                batch_stats |= {"loss": loss, "entropy": (token_weights * entropy).sum()}
+                for name in stats:
+                    stats[name] += batch_stats[name].item()
+                if update == 0:
+                    sampler_gap += (token_weights * (logprobs.detach() - sampled).abs()).sum().item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+            if not math.isfinite(grad_norm):
+                raise UserError(f"step {step}: the gradient is {grad_norm}; the last checkpoint is intact")
+            done = (step - 1) * config.updates_per_step + update + 1
+            optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, done / max(1, config.warmup_steps))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        policy.eval()
+        clock.lap("update")
+
+        # --- the new weights to the engine
+        planner_engine.load_weights(policy.state_dict())
+        clock.lap("sync")
+
+        # --- log
+        metrics |= {
+            "reward": rewards.mean().item(),
+            "zero_variance_groups": (advantages == 0).all(dim=1).float().mean().item(),
+            **behaviour(trajectories),
+            "tokens_per_turn": sum(num_tokens) / len(turns),
+            "truncated_turns": sum(turn.truncated for turn in turns) / len(turns),
+            **stats,
+            "sampler_gap": sampler_gap,
+            "grad_norm": grad_norm,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "tokens_per_second": sum(num_tokens) / clock.laps["rollout"],
+            **{f"t_{phase}": seconds for phase, seconds in clock.laps.items()},
+        }
+        log(run / "metrics.jsonl", metrics)
+        log(run / "rollouts.jsonl", *(record(step, e, t) for e, group in zip(questions, groups) for t in group))
+        print(console_line(metrics, config.steps))
+        if config.print_every and (step % config.print_every == 0 or step == 1):
+            print(transcript(questions[0], groups[0][0]))
+
+        # --- save
+        result["train_seconds"] = result.get("train_seconds", 0.0) + clock.total()
+        if step % config.save_every == 0 or step == config.steps or stop.asked:
+            save(run, step, policy, tokenizer, optimizer, result)
+        if stop.asked:
+            print(f"stopped after step {step} and saved; the same command continues")
+            return
+
+    result["after"] = evaluate(system, test_set, config.temperature, (config.seed, "test"), "test after training")
+    finish(run, config, result)
+    report(run)
+
+
+# --- the questions of a step ------------------------------------------------------------------------------------------
+
+
+def questions_of_step(train_set: list[Example], step: int, count: int, seed: int) -> list[Example]:
+    """The next `count` questions of an endless stream, shuffled anew each epoch; a function of the step alone."""
+
+    def stream():
+        first = (step - 1) * count
+        for epoch in range(first // len(train_set), sys.maxsize):
+            order = random.Random(f"{seed} epoch {epoch}").sample(range(len(train_set)), len(train_set))
+            skip = max(0, first - epoch * len(train_set))
+            yield from (train_set[i] for i in order[skip:])
+
+    return list(islice(stream(), count))
+
+
+# --- what you see -----------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.laps[phase], self.last = now - self.last, now
+
+    def total(self) -> float:
+        return time.perf_counter() - self.started
+
+
+def console_line(m: dict, steps: int) -> str:
+    dev = f"{100 * m['dev_accuracy']:.0f} %" if "dev_accuracy" in m else "-"
+    return (
+        f"step {m['step']:>3}/{steps}  reward {m['reward']:.3f}  dev {dev:>5}  "
+        f"zero-var {m['zero_variance_groups']:.2f}  turns {m['turns']:.2f}  tok/turn {m['tokens_per_turn']:.1f}  "
+        f"kl {m['kl']:.4f}  gap {m['sampler_gap']:.1e}  clip {m['clip_fraction']:.3f}  grad {m['grad_norm']:.2f}  "
+        f"rollout {m['t_rollout']:.1f}s  update {m['t_logprobs'] + m['t_update']:.1f}s  sync {m['t_sync']:.2f}s"
+    )
+
+
+def transcript(example: Example, t: Trajectory) -> str:
+    """One whole trajectory for the console, so that a reward that is earned the wrong way does not go unseen."""
+    head = f"  Question: {example.question}\n  Analysis: {t.memory.analysis}"
+    tail = f"  Answer: {t.answer} (expected {example.answer}), reward {t.reward:g}, advantage {t.advantage:+.2f}"
+    return f"{head}{t.memory.render()}".replace("\n", "\n  ") + f"\n{tail}\n"
+
+
+def record(step: int, example: Example, t: Trajectory) -> dict:
+    """A line of rollouts.jsonl: everything that a reader of the run may want to look into."""
+    return {
+        "step": step, "question": example.question, "expected": example.answer, "family": example.family,
+        "answer": t.answer, "reward": t.reward, "advantage": t.advantage, "analysis": t.memory.analysis,
+        "turns": [
+            asdict(memory_step)
+            | {"completion_ids": turn.completion_ids, "logprobs": [round(x, 4) for x in turn.logprobs]}
+            for memory_step, turn in zip(t.memory.steps, t.turns)
+        ],
+    }  # fmt: skip
+
+
+def plot_curves(run: Path) -> None:
+    """curves.png: reward and dev accuracy, turns, tools and errors, KL over the steps of the run."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    from matplotlib import pyplot as plt
+
+    lines = [m for m in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if m["step"] > 0]
+    steps = [m["step"] for m in lines]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, constrained_layout=True)
+    dev = [(m["step"] - 1, m["dev_accuracy"]) for m in lines if "dev_accuracy" in m]
+    axes[0, 0].plot(steps, [m["reward"] for m in lines], label="training reward (sampled)")
+    axes[0, 0].plot(*zip(*dev), "o-", label="dev accuracy")
+    axes[0, 1].plot(steps, [m["turns"] for m in lines], label="turns a question")
+    for tool in lines[0]["tool_shares"]:
+        axes[1, 0].plot(steps, [m["tool_shares"][tool] for m in lines], label=tool)
+    axes[1, 0].plot(steps, [m["tool_error_rate"] for m in lines], ":", label="turns with an error")
+    axes[1, 1].plot(steps, [m["kl"] for m in lines], label="KL to the initial policy (nats a token)")
+    axes[1, 1].plot(steps, [m["entropy"] for m in lines], label="entropy of the policy (nats a token)")
+    titles = ("reward and accuracy (share)", "turns", "tools (share of turns)", "nats a token")
+    for axis, title in zip(axes.flat, titles):
+        axis.set(title=title, ylim=(0, 1.02) if "share" in title else (0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    figure.savefig(run / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+# --- the folder of a run ----------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Bad values are refused before anything is loaded or written."""
+    if config.group_size < 2:
+        raise UserError(f"--group_size {config.group_size}: a group needs at least 2 trajectories to compare")
+    if config.temperature <= 0:
+        raise UserError(
+            f"--temperature {config.temperature:g}: must be above 0, greedy rollouts of a group are all the same"
+        )
+    if config.aggregation not in ("paper", "token-mean"):
+        raise UserError(f"--aggregation {config.aggregation}: must be paper or token-mean")
+    for name in ("steps", "questions_per_step", "max_turns", "max_planner_tokens", "max_frozen_tokens", "result_chars",
+                 "updates_per_step", "micro_batch_tokens", "eval_every", "save_every"):  # fmt: skip
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
+
+
+def start_run(run: Path, config: Config) -> None:
+    """Make the folder, or see that the one that is there belongs to the same command."""
+    path = run / "config.json"
+    if not path.exists():
+        with disk_errors(run):
+            run.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(asdict(config), indent=2))
+        return
+    try:
+        before = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        raise UserError(f"{path} is damaged: remove the folder {run}, or name another with --run_dir") from None
+    changed = [f"--{name}" for name, value in asdict(config).items() if before.get(name) != value and name != "run_dir"]
+    if changed:
+        raise UserError(f"{run} holds a run with other {', '.join(changed)}: remove it, or name another with --run_dir")
+
+
+def save(run: Path, step: int, policy, tokenizer, optimizer, result: dict) -> None:
+    """Replace checkpoint/ as a whole: a kill at any moment leaves the new one or the last one."""
+    new, current, old = run / "checkpoint.new", run / "checkpoint", run / "checkpoint.old"
+    with disk_errors(run):
+        shutil.rmtree(new, ignore_errors=True)
+        policy.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        torch.save({"step": step, "optimizer": optimizer.state_dict(), "result": result}, new / "trainer.pt")
+        shutil.rmtree(old, ignore_errors=True)
+        if current.exists():
+            current.rename(old)
+        new.rename(current)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def resume(run: Path, policy, optimizer) -> tuple[int, dict]:
+    """(next step, result so far) from the last checkpoint, or (1, {}). Log lines of steps after it are dropped."""
+    current, old = run / "checkpoint", run / "checkpoint.old"
+    if not current.exists() and old.exists():  # killed between the two renames of `save`
+        old.rename(current)
+    step, result = 0, {}
+    if current.exists():
+        try:
+            trainer = torch.load(current / "trainer.pt", weights_only=True)
+            policy.load_state_dict(load_model(current)[0].state_dict())
+            optimizer.load_state_dict(trainer["optimizer"])
+            step, result = trainer["step"], trainer["result"]
+        except (UserError, OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{current} is not a whole checkpoint ({reason}): remove {run} to start again") from error
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        if (run / name).exists():
+            lines = (run / name).read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step] if step else []
+            write_atomically(run / name, b"".join(kept))
+    return step + 1, result
+
+
+def finish(run: Path, config: Config, result: dict) -> None:
+    summary = {
+        "seed": config.seed,
+        "test_accuracy_before": result["before"]["accuracy"],
+        "test_accuracy_after": result["after"]["accuracy"],
+        "by_family": {
+            family: {"before": figures["accuracy"], "after": result["after"]["by_family"][family]["accuracy"]}
+            for family, figures in result["before"]["by_family"].items()
+        },
+        "train_seconds": result["train_seconds"],
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        / (2**20 if sys.platform == "darwin" else 2**10),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "before": result["before"],
+        "after": result["after"],
+    }
+    write_atomically(run / "result.json", json.dumps(summary, indent=2).encode())
+    with disk_errors(run):
+        plot_curves(run)
+
+
+def report(run: Path) -> None:
+    """The table before and after, and where everything lies."""
+    result = json.loads((run / "result.json").read_text())
+    print(table({"before": result["before"], "after": result["after"]}))
+    print(f"trained in {result['train_seconds']:.0f} s, peak memory {result['peak_memory_mb']:.0f} MB")
+    for name in ("curves.png", "rollouts.jsonl", "metrics.jsonl", "checkpoint"):
+        print(f"{run / name}")
+
+
+def log(path: Path, *lines: dict) -> None:
+    with disk_errors(path.parent), path.open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    with disk_errors(path.parent):
+        partial = path.with_name(path.name + ".new")
+        partial.write_bytes(data)
+        partial.rename(path)
+
+
+@contextmanager
+def disk_errors(run: Path) -> Iterator[None]:
+    """A full disk or a folder that cannot be written is one clear line; the last whole checkpoint stays as it is."""
+    try:
+        yield
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch.save and safetensors have their own for a full disk
+        space = getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(run.anchor or ".").free < 2**20
+        advice = "free some space, then run the same command to continue" if space else "make it writable"
+        raise UserError(f"cannot write to {run} ({error}): {advice}; the last checkpoint is intact") from error
+
+
+class StopRequest:
+    """The first Ctrl-C (or SIGTERM) ends the run after the step, saved; the second ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame) -> None:
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this step; once more to stop at once", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main, Config)
