@@ -33,7 +33,10 @@ def setting(default: Any, help: str) -> Any:
 def run_main(main: Callable[[Any], None], config_class: type) -> None:
     """Parse the command line into the config and run; bad input is one line and exit code 2."""
     try:
-        main(HfArgumentParser(config_class).parse_args_into_dataclasses()[0])
+        config, *_, unknown = HfArgumentParser(config_class).parse_args_into_dataclasses(return_remaining_strings=True)
+        if unknown:
+            raise UserError(f"unknown: {' '.join(unknown)}; --help lists every flag")
+        main(config)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)

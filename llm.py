@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()  # of loading and saving: our own bars show what takes time
 
 
 class UserError(Exception):
@@ -90,12 +93,13 @@ class TransformersEngine:
         eos = self.model.generation_config.eos_token_id
         eos = [eos] if isinstance(eos, int) else list(eos or [])
         self.eos_ids = sorted({*eos, self.tokenizer.eos_token_id} - {None})
+        self.control_tokens = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         message = [{"role": "user", "content": "{prompt}"}]
         self.chat = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
     def encode(self, prompt: str) -> list[int]:
         """One user message in the chat template. Text never becomes a control token: it gets a space inside."""
-        for token in self.tokenizer.all_special_tokens:
+        for token in self.control_tokens:
             prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
         return self.tokenizer(self.chat.replace("{prompt}", prompt), add_special_tokens=False)["input_ids"]
 

@@ -14,6 +14,7 @@ import json
 import math
 import platform
 import random
+import re
 import resource
 import shutil
 import signal
@@ -60,7 +61,7 @@ class Config:
     questions_per_step: int = setting(16, "P, questions of one step")
     group_size: int = setting(8, "G, trajectories of each question, at least 2")
     temperature: float = setting(1.0, "sampling temperature of the planner, in rollouts, loss and evaluation")
-    learning_rate: float = setting(3e-4, "of AdamW, after the warm-up")
+    learning_rate: float = setting(1e-3, "of AdamW, after the warm-up")
     warmup_steps: int = setting(3, "optimizer steps over which the learning rate rises linearly")
     weight_decay: float = setting(0.0, "of AdamW")
     max_grad_norm: float = setting(1.0, "the gradient is scaled down to this norm")
@@ -300,7 +301,9 @@ def transcript(example: Example, t: Trajectory) -> str:
     """One whole trajectory for the console, so that a reward that is earned the wrong way does not go unseen."""
     head = f"  Question: {example.question}\n  Analysis: {t.memory.analysis}"
     tail = f"  Answer: {t.answer} (expected {example.answer}), reward {t.reward:g}, advantage {t.advantage:+.2f}"
-    return f"{head}{t.memory.render()}".replace("\n", "\n  ") + f"\n{tail}\n"
+    text = f"{head}{t.memory.render()}".replace("\n", "\n  ") + f"\n{tail}\n"
+    # A model's text must not move the cursor or recolour the screen: control characters are shown, not sent.
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
 
 
 def record(step: int, example: Example, t: Trajectory) -> dict:

@@ -58,7 +58,7 @@ def test_tokenizer_equals_its_file_and_round_trips(engine, rows):
 def test_text_cannot_write_control_tokens(engine):
     """A tool result that contains the text of a control token stays text."""
     ids = engine.encode(f"a {EOS} b {ASSISTANT} c")
-    control = set(engine.tokenizer.all_special_ids)
+    control = {i for i, token in engine.tokenizer.added_tokens_decoder.items() if token.special}
     assert [i in control for i in ids] == [True, *[False] * (len(ids) - 2), True]
 
 

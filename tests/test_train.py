@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train
+from agent import Memory, Step, Trajectory
 from llm import UserError
 from tasks import Example
 from train import Config, questions_of_step
@@ -21,8 +22,8 @@ from train import Config, questions_of_step
 ROOT = Path(__file__).parent.parent
 TINY = dict(
     steps=4,
-    questions_per_step=3,
-    group_size=4,
+    questions_per_step=8,
+    group_size=6,
     eval_every=2,
     save_every=2,
     dev_questions=6,
@@ -68,7 +69,7 @@ def finished(tmp_path_factory):
 
 
 def test_what_a_run_leaves(finished):
-    assert json.loads((finished / "config.json").read_text())["group_size"] == 4
+    assert json.loads((finished / "config.json").read_text())["group_size"] == 6
     metrics = timeless(finished)
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
     assert all("dev_accuracy" in m for m in metrics[1::2]) and "dev_accuracy" not in metrics[2]
@@ -79,7 +80,7 @@ def test_what_a_run_leaves(finished):
     assert metrics[1]["kl"] == pytest.approx(0, abs=1e-9)  # the first step starts at the reference policy
     assert metrics[4]["kl"] > 0
     rollouts = [json.loads(line) for line in (finished / "rollouts.jsonl").read_text().splitlines()]
-    assert len(rollouts) == 4 * 3 * 4
+    assert len(rollouts) == 4 * 8 * 6
     assert all(len(turn["completion_ids"]) == len(turn["logprobs"]) for r in rollouts for turn in r["turns"])
     result = json.loads((finished / "result.json").read_text())
     keys = {
@@ -157,7 +158,14 @@ def test_seed_changes_everything_random(finished, tmp_path):
 
 
 def test_several_updates_clip_and_options_run(tmp_path):
-    options = dict(updates_per_step=3, learning_rate=3e-3, clip_high=0.3, micro_batch_tokens=500)
+    options = dict(
+        questions_per_step=24,
+        group_size=8,
+        updates_per_step=3,
+        learning_rate=3e-3,
+        clip_high=0.3,
+        micro_batch_tokens=500,
+    )
     departures = dict(aggregation="token-mean", normalize_std=False, tis_cap=2.0, skip_zero_variance=True)
     train.main(tiny(tmp_path / "run", steps=1, save_every=1, **options, **departures))
     metrics = timeless(tmp_path / "run")[1]
@@ -173,6 +181,13 @@ def test_questions_of_step_is_a_stream_of_shuffled_epochs():
         2
     ]  # of the step alone: resume needs no state
     assert [e.question for e in questions_of_step(data, 1, 25, seed=0)][:20] == flat
+
+
+def test_printed_trajectories_cannot_control_the_terminal():
+    memory = Memory("q", "a", [Step("clear \x1b[2J", "Search", "c", "bell \x07 \x9b31m\r\nline", "STOP")])
+    text = train.transcript(Example("q", "x"), Trajectory("q", [], memory, "y\x1b[31m"))
+    assert "\\x1b[2J" in text and "\\x07 \\x9b31m\\r\n  line" in text
+    assert all(char == "\n" or char.isprintable() for char in text)
 
 
 # --- bad input: one clear line, exit code 2, nothing lost -------------------------------------------------------------

@@ -15,6 +15,8 @@ import random
 import re
 import string
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -224,7 +226,16 @@ def fixed_texts() -> list[str]:
     """All texts that become one token each: prompts, what the modules write, the encyclopedia's phrases, the names."""
     texts = prompt_texts() + ["\n"]
     texts += [text.replace("{why}", why) for why in TOOL_HABITS for text in [PLAN.split("{context}")[0]]]
-    texts += ["\nSub-Goal: Find ", "\nTool Name: ", *tools.TOOLS, NO_TOOL, *OPERATIONS.values(), "Find ", "CONTINUE"]
+    texts += [
+        "\nSub-Goal: Find ",
+        "\nTool Name: ",
+        *tools.TOOLS,
+        NO_TOOL,
+        *OPERATIONS.values(),
+        "Find ",
+        "CONTINUE",
+        "STOP",
+    ]
     texts += [f'{tool}(query="' for tool in tools.TOOLS] + [
         '")',
         *literals(CODE),
@@ -244,7 +255,7 @@ def fixed_texts() -> list[str]:
     ]
     texts += [f"the {relation}" for relation in RELATIONS] + [" of ", "What is ", "Who is ", "?", " and ", " or ", ", "]
     texts += ["the difference between "] + [text for template in w.EARLIER.values() for text in literals(template)]
-    texts += [text for article in w.ARTICLES.values() for text in literals(article)] + [": "]
+    texts += [*(f" is a {kind}. For this {kind}, " for kind in w.KINDS), " is ", ".", ": "]
     texts += ["Error: there is no tool ", ". Use one of: " + ", ".join(tools.TOOLS) + "."]
     pairs_of_digits = [f"{number:02d}" for number in range(100)]  # a year is two tokens to copy, not four
     return list(dict.fromkeys([*texts, *NAMES, *pairs_of_digits]))
@@ -274,17 +285,37 @@ def build_tokenizer(folder: Path) -> None:
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-FAMILY_SHARE = {"lookup": 1, "two-hop": 2, "three-hop": 3, "difference": 4, "earlier": 3, "arithmetic": 2}
-KEEP = {"analyst": 0.05, "base": 0.05, "executor": 0.4, "coder": 0.8, "planner": 0.4, "verifier": 0.5, "generator": 1.0}
-KEEP_UNKNOWN = 0.3  # of the generator's rows without an answer: there is little to learn from them
 SKILLS = (0.0, 0.5, 0.8, 0.95, 1.0)  # transcripts range from a clumsy planner's to a nearly ideal one's
+KEEP_UNKNOWN = 0.3  # of the generator's rows without an answer: there is little to learn from them
 
 
-def row_stream(seed: int):
+@dataclass(frozen=True)
+class Stage:
+    """Optimizer steps on one mix of rows, with a warm-up and a cosine decay of its own."""
+
+    steps: int
+    lr_share: float  # of the peak learning rates
+    families: dict[str, float]  # shares of the questions
+    keep: dict[str, float]  # share of the rows of each role that are kept
+    prompt_weight: float  # of the loss on the prompts' own tokens, where copying is learned first
+
+
+STAGES = (
+    Stage(  # every role, and the generator above all: one row a question, and the hardest one
+        steps=1700,
+        lr_share=1.0,
+        families={"lookup": 4, "two-hop": 3, "three-hop": 3, "difference": 3, "earlier": 4, "arithmetic": 2},
+        keep=dict(analyst=0.05, base=0.05, executor=0.3, coder=0.6, planner=0.3, verifier=0.4, generator=1.0),
+        prompt_weight=0.3,
+    ),
+)
+
+
+def row_stream(seed: int, stage: Stage = STAGES[0]) -> Iterator[tuple[str, str, str]]:
     """Endless (role, prompt, completion) rows, a new world every 100 questions, without any fact of the test world."""
     rng = random.Random(f"pretrain {seed}")
     avoid = World(TEST_WORLD).all_facts()
-    families, shares = list(FAMILY_SHARE), list(FAMILY_SHARE.values())
+    families, shares = list(stage.families), list(stage.families.values())
     for world_seed in range(1_000_000 * (seed + 1), 1_000_000 * (seed + 2)):
         world = World(world_seed, avoid)
         corpus = tools.Corpus.from_articles(world.articles.items())
@@ -292,16 +323,16 @@ def row_stream(seed: int):
             question = world.sample_question(rng.choices(families, shares)[0], rng)
             teacher, _ = transcript(question, world, corpus, rng, rng.choice(SKILLS))
             for role, prompt, completion in teacher.rows:
-                if rng.random() < KEEP[role] * (KEEP_UNKNOWN if completion == UNKNOWN else 1):
+                if rng.random() < stage.keep[role] * (KEEP_UNKNOWN if completion == UNKNOWN else 1):
                     yield role, prompt, completion
 
 
-def batch_stream(tokenizer, seed: int, rows_per_step: int, prompt_weight: float, parts: int = 4):
+def batch_stream(tokenizer, rows: Iterator, seed: int, rows_per_step: int, prompt_weight: float, parts: int = 4):
     """Endless steps, each a list of (ids (B, S), weights (B, S)): a random mix of rows, in parts of similar length.
 
     The weights of a step sum to 1 over the tokens to write, and to `prompt_weight` over the tokens of the prompts.
     """
-    rows, encode = row_stream(seed), encoder(tokenizer)
+    encode = encoder(tokenizer)
     rng, pool = random.Random(f"batches {seed}"), []
     while True:
         while (
@@ -330,7 +361,8 @@ def encoder(tokenizer):
     return encode
 
 
-def pretrain(out: Path, steps: int, seed: int, lr: float, muon_lr: float, rows_per_step: int, prompt_weight: float):
+def new_model(out: Path, seed: int) -> None:
+    """Write the tokenizer and a model with random weights."""
     build_tokenizer(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     torch.manual_seed(seed)
@@ -350,20 +382,28 @@ def pretrain(out: Path, steps: int, seed: int, lr: float, muon_lr: float, rows_p
     )
     model = Qwen2ForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}")
+    model.save_pretrained(out)
+
+
+def train_stage(out: Path, number: int, args: argparse.Namespace) -> None:
+    """Train the model in `out` on a stage's rows and write it back."""
+    stage, seed = STAGES[number], args.seed + number
+    tokenizer, model = AutoTokenizer.from_pretrained(out), Qwen2ForCausalLM.from_pretrained(out).train()
     # Muon for the matrices of the layers, AdamW for embeddings, norms and biases: fewer steps than AdamW alone.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=stage.lr_share * args.muon_lr, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=stage.lr_share * args.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
     def share_of_lr(step: int) -> float:  # warm-up, then cosine
-        return min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+        return min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / stage.steps)) / 2)
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr) for optimizer in optimizers]
-    batches, started, running = batch_stream(tokenizer, seed, rows_per_step, prompt_weight), time.time(), None
-    for step in (bar := tqdm(range(steps), desc="pretraining", unit="step")):
+    batches = batch_stream(tokenizer, row_stream(seed, stage), seed, args.rows_per_step, stage.prompt_weight)
+    started, running = time.time(), None
+    for _ in (bar := tqdm(range(stage.steps), desc=f"stage {number + 1} of {len(STAGES)}", unit="step")):
         total = 0.0
         for ids, weights in next(batches):
             hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
@@ -379,10 +419,8 @@ def pretrain(out: Path, steps: int, seed: int, lr: float, muon_lr: float, rows_p
             schedule.step()
         running = total if running is None else 0.98 * running + 0.02 * total
         bar.set_postfix(loss=f"{running:.3f}")
-        if (step + 1) % 500 == 0:
-            model.save_pretrained(out)
     model.save_pretrained(out)
-    print(f"trained {steps} steps in {(time.time() - started) / 60:.1f} minutes; loss {running:.3f}; wrote {out}")
+    print(f"stage {number + 1}: {stage.steps} steps, {(time.time() - started) / 60:.1f} minutes, loss {running:.3f}")
 
 
 # --- what it reached --------------------------------------------------------------------------------------------------
@@ -429,15 +467,15 @@ if __name__ == "__main__":
     )
     parser.add_argument("--out", type=Path, default=BACKBONE, help="folder to write the model to, or to check")
     parser.add_argument("--check", action="store_true", help="train nothing, measure the model in --out")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
-    parser.add_argument(
-        "--rows_per_step", type=int, default=64, help="prompts with their completions in one optimizer step"
-    )
+    parser.add_argument("--from_stage", type=int, default=1, help="stage to begin with; above 1: on the model in --out")
+    parser.add_argument("--rows_per_step", type=int, default=64, help="prompts with their completions in one step")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW (embeddings) at its peak")
     parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of Muon (matrices) at its peak")
-    parser.add_argument("--prompt_weight", type=float, default=1.0, help="weight of the loss on prompt tokens")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the worlds and the order")
     args = parser.parse_args()
     if not args.check:
-        pretrain(args.out, args.steps, args.seed, args.lr, args.muon_lr, args.rows_per_step, args.prompt_weight)
+        if args.from_stage == 1:
+            new_model(args.out, args.seed)
+        for number in range(args.from_stage - 1, len(STAGES)):
+            train_stage(args.out, number, args)
     check(args.out)

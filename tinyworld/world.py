@@ -5,7 +5,7 @@ bears which name changes with the seed, so a model that was trained in other wor
 none of its facts: what is left to learn is how to look things up.
 
     world = World(seed=0)
-    world.articles["Zilath"]    # 'Zilath is a city in Bogun. Its mayor is Vroka. It was founded in 1423. It has ...'
+    world.articles["Zilath"]    # 'Zilath is a person. For this person, the birthplace is Pruzek, the birth year ...'
     world.questions("train")    # 4,000 `Question`s; "dev" 200, "test" 500, disjoint as questions
 
 Six families need different plans: lookup (one search), two-hop, three-hop, difference (two searches, then Python),
@@ -48,16 +48,17 @@ Jilmov Pelar Mornel Thurkek Trernun Krulmia
 
 KINDS = {"country": 20, "city": 90, "person": 110, "company": 80}  # entities of each kind, 300 articles in all
 
-# An article is one template; each {relation} in it is a fact. A value is another entity or a number.
+# An article is one template; each {relation} in it is a fact. A value is another entity or a number. Articles name
+# their relations as questions do ("the mayor"), so that a tiny model can look a value up without knowing synonyms.
 ARTICLES = {
-    "country": "{name} is a country. Its capital is {capital}. It is led by president {president}. "
-    "It covers {area} square miles.",
-    "city": "{name} is a city in {country}. Its mayor is {mayor}. It was founded in {founding year}. "
-    "It has {population} inhabitants.",
-    "person": "{name} is a person born in {birthplace}. The year of birth is {birth year}. "
-    "The current employer is {employer}.",
-    "company": "{name} is a company based in {headquarters}. It was started by {founder}. "
-    "It was founded in {founding year}. It employs {number of employees} people.",
+    "country": "{name} is a country. For this country, the capital is {capital}, the president is {president}, "
+    "the area is {area}.",
+    "city": "{name} is a city. For this city, the country is {country}, the mayor is {mayor}, "
+    "the founding year is {founding year}, the population is {population}.",
+    "person": "{name} is a person. For this person, the birthplace is {birthplace}, the birth year is {birth year}, "
+    "the employer is {employer}.",
+    "company": "{name} is a company. For this company, the headquarters is {headquarters}, the founder is {founder}, "
+    "the founding year is {founding year}, the number of employees is {number of employees}.",
 }
 ENTITY_RELATIONS = {  # relation: (kind of its subject, kind of its value)
     "capital": ("country", "city"),
