@@ -232,9 +232,9 @@ def parse_verdict(text: str) -> str:
 
 # --- generator (frozen) -----------------------------------------------------------------------------------------------
 
-GENERATOR_PROMPT = """Answer the question from the results of the steps below. Write the answer alone, as a name, a \
-number or a few words, between the tags <answer> and </answer>. If the results do not hold the answer, write \
-<answer>unknown</answer>.
+GENERATOR_PROMPT = """Answer the question from the results of the steps below. Write one short line with the facts \
+that lead to the answer. Then write the answer alone, as a name, a number or a few words, between the tags <answer> \
+and </answer>. If the results do not hold the answer, write <answer>unknown</answer>.
 
 Question: {question}
 Analysis: {analysis}

@@ -73,6 +73,11 @@ def row_weights(num_turns: list[int], num_tokens: list[int] | None = None, aggre
     raise ValueError(f'aggregation must be "paper" or "token-mean", got {aggregation!r}')
 
 
+def token_weights(row_weights: Tensor, mask: Tensor) -> Tensor:
+    """(B,), (B, T) -> (B, T): weight / |a| on each token of a row, 0 on pads. The innermost mean of Eq. 5."""
+    return mask * (row_weights / mask.sum(dim=1))[:, None]
+
+
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Split row indices so that rows * longest <= max_tokens; a row that is longer than that comes alone.
 
@@ -174,7 +179,7 @@ def flow_grpo_loss(
         return torch.where(mask, x, 0.0)  # (B, T)
 
     logprobs, old_logprobs = clean(logprobs), clean(old_logprobs.detach())  # (B, T)
-    weights = mask * (row_weights / mask.sum(dim=1))[:, None]  # (B, T), 1/(P G T_i) * 1/|a|: the three means of Eq. 5
+    weights = token_weights(row_weights, mask)  # (B, T), 1/(P G T_i) * 1/|a|: the three means of Eq. 5
     advantages = advantages[:, None]  # (B, 1), the same for each token of the turn: Eq. 7
     log_ratio = logprobs - old_logprobs  # (B, T)
     ratio = log_ratio.exp()  # (B, T), Eq. 6

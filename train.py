@@ -33,7 +33,15 @@ from tqdm import tqdm
 
 from agent import AgentSystem, Trajectory
 from eval import behaviour, evaluate, run_main, setting, table
-from flow_grpo import broadcast_to_turns, flow_grpo_loss, group_advantages, micro_batches, row_weights, token_logprobs
+from flow_grpo import (
+    broadcast_to_turns,
+    flow_grpo_loss,
+    group_advantages,
+    micro_batches,
+    row_weights,
+    token_logprobs,
+    token_weights,
+)
 from judge import rule_judge
 from llm import TransformersEngine, UserError, best_device, load_model
 from tasks import Example, load_corpus, load_examples
@@ -61,7 +69,7 @@ class Config:
     questions_per_step: int = setting(16, "P, questions of one step")
     group_size: int = setting(8, "G, trajectories of each question, at least 2")
     temperature: float = setting(1.0, "sampling temperature of the planner, in rollouts, loss and evaluation")
-    learning_rate: float = setting(1e-3, "of AdamW, after the warm-up")
+    learning_rate: float = setting(3e-4, "of AdamW, after the warm-up")
     warmup_steps: int = setting(3, "optimizer steps over which the learning rate rises linearly")
     weight_decay: float = setting(0.0, "of AdamW")
     max_grad_norm: float = setting(1.0, "the gradient is scaled down to this norm")
@@ -200,12 +208,12 @@ def main(config: Config) -> None:
                     sampler_logprobs=sampled if config.tis_cap else None, tis_cap=config.tis_cap or None,
                 )  # fmt: skip
                 loss.backward()
-                token_weights = mask * (batch_weights / mask.sum(dim=1))[:, None]
-                batch_stats |= {"loss": loss, "entropy": (token_weights * entropy).sum()}
+                mean = token_weights(batch_weights, mask)  # (B, T)
+                batch_stats |= {"loss": loss, "entropy": (mean * entropy).sum()}
                 for name in stats:
                     stats[name] += batch_stats[name].item()
                 if update == 0:
-                    sampler_gap += (token_weights * (logprobs.detach() - sampled).abs()).sum().item()
+                    sampler_gap += (mean * (logprobs.detach() - sampled).abs()).sum().item()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
             if not math.isfinite(grad_norm):
                 raise UserError(f"step {step}: the gradient is {grad_norm}; the last checkpoint is intact")

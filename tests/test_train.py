@@ -22,8 +22,8 @@ from train import Config, questions_of_step
 ROOT = Path(__file__).parent.parent
 TINY = dict(
     steps=4,
-    questions_per_step=8,
-    group_size=6,
+    questions_per_step=6,
+    group_size=4,
     eval_every=2,
     save_every=2,
     dev_questions=6,

@@ -1,12 +1,13 @@
 """Train the bundled backbone from scratch: a tiny Qwen2 that speaks the language of the agent, in other worlds.
 
-    python -m tinyworld.pretrain                 # writes tinyworld/backbone/, about 12 minutes on 2 CPU cores
+    python -m tinyworld.pretrain                 # writes tinyworld/backbone/, about 10 minutes on 2 CPU cores
     python -m tinyworld.pretrain --check         # measures the backbone that is there, on the test split
 
 A `Teacher` that knows the facts plays all modules through the real `agent.solve()`, so the prompts are the agent's own,
 to the letter. As executor, verifier, generator and tools' model it is perfect. As a planner it is clumsy on purpose:
-its steps are well-formed, but it prefers the wrong tool, sticks to the tool it used last, and picks its goals from what
-is in view. The backbone learns to imitate all of that; Flow-GRPO then has planning, and only planning, left to teach.
+its steps are well-formed and it notes what is still missing, but it prefers the wrong tool, sticks to the tool it used
+last, and picks its goals from anything in view. The backbone learns to imitate all of that; Flow-GRPO then has
+planning, and only planning, left to teach.
 """
 
 import argparse
@@ -42,24 +43,23 @@ ANALYSES = {
     "two-hop": "Two facts have to be looked up, one after the other.",
     "three-hop": "Three facts have to be looked up, one after the other.",
     "difference": "Two numbers have to be looked up, then subtracted.",
-    "earlier": "Two years have to be looked up and compared.",
+    "earlier": "Two years have to be looked up, then compared.",
     "arithmetic": "A number has to be computed.",
 }
-PLAN = "Justification: {why}\nContext: {context}\nSub-Goal: {sub_goal}\nTool Name: {tool}"
-FIND, COMPUTE, LOOKED_UP = "A fact is still missing.", "The numbers are known.", "The numbers have been looked up."
-HOLD = "The results hold the answer.\nConclusion: STOP"
-MISSING = "Something is still missing.\nConclusion: CONTINUE"
-UNKNOWN = "<answer>unknown</answer>"
+PLAN = "Justification: {why}.\nContext: {context}\nSub-Goal: {sub_goal}\nTool Name: {tool}"
+UNKNOWN = "unknown"
+STOP, CONTINUE = ".\nConclusion: STOP", ".\nConclusion: CONTINUE"
+ANSWER = ".\n<answer>{}</answer>"
 CODE = "```python\nprint({})\n```"
 NO_TOOL = "Calculator"  # a tool that does not exist: the rarest of the planner's habits
 
 TOOL_HABITS = {  # what a clumsy planner reaches for, by kind of goal
-    FIND: {"Base_Generator": 0.62, "Search": 0.2, "Python_Coder": 0.16, NO_TOOL: 0.02},
-    COMPUTE: {"Base_Generator": 0.57, "Search": 0.2, "Python_Coder": 0.21, NO_TOOL: 0.02},
-    LOOKED_UP: {"Base_Generator": 0.46, "Search": 0.12, "Python_Coder": 0.4, NO_TOOL: 0.02},
+    "find": {"Base_Generator": 0.62, "Search": 0.2, "Python_Coder": 0.16, NO_TOOL: 0.02},
+    "compute": {"Base_Generator": 0.57, "Search": 0.2, "Python_Coder": 0.21, NO_TOOL: 0.02},
+    "compute from results": {"Base_Generator": 0.46, "Search": 0.12, "Python_Coder": 0.4, NO_TOOL: 0.02},
 }
 STICKY = 0.7  # chance to use the tool of the last step again, when it suits the habit
-INSIGHT = {"lookup": 0.2, "two-hop": 0.3, "three-hop": 0.4, "difference": 0.8, "earlier": 0.2, "arithmetic": 0.2}
+INSIGHT = {"lookup": 0.2, "two-hop": 0.4, "three-hop": 0.65, "difference": 0.8, "earlier": 0.8, "arithmetic": 0.2}
 # chance that a clumsy goal is the right one, else it is picked at random from what is in view: higher where a random
 # plan would never succeed, since a family in which no rollout succeeds gives Flow-GRPO nothing to compare
 
@@ -77,7 +77,7 @@ class Teacher:
         self.rows.append(("planner", prompt, self.clumsy_plan(prompt)))
         ideal = self.next_ideal(prompt)
         use_ideal = ideal is not None and self.rng.random() < self.skill
-        text = render_plan(ideal, justification(ideal, prompt)) if use_ideal else self.clumsy_plan(prompt)
+        text = self.render_plan(ideal, prompt) if use_ideal else self.clumsy_plan(prompt)
         return Completion([], [], [], text, "stop")
 
     async def ask(self, role: str, prompt: str) -> str:
@@ -106,29 +106,47 @@ class Teacher:
 
     def coder(self, prompt: str) -> str:
         query = prompt.removeprefix(literals(tools.PYTHON_CODER_PROMPT)[0])
-        return CODE.format(query if re.fullmatch(r"\d+ [-+*] \d+", query) else '"unknown"')
+        return CODE.format(query if re.fullmatch(TERM, query) else '"unknown"')
 
     def base(self, prompt: str) -> str:
         return "I do not know."
 
+    def findings(self, prompt: str) -> str:
+        """The line of facts that planner, verifier and generator write: up to the first that is unknown."""
+        facts = []
+        for step in ideal_plan(self.question):
+            facts.append(f"{expression(step)} is {self.value(step) if self.is_done(step, prompt) else UNKNOWN}")
+            if facts[-1].endswith(UNKNOWN):
+                break
+        return ", ".join(facts)
+
+    def value(self, step: w.Step) -> str:
+        if step.tool == "Search":
+            return self.world.facts[step.context][step.sub_goal.removeprefix("Find the ")].value
+        return calculate(*re.fullmatch(TERM, expression(step)).groups())
+
     def verifier(self, prompt: str) -> str:
-        return MISSING if self.next_ideal(prompt) else HOLD
+        return self.findings(prompt) + (CONTINUE if self.next_ideal(prompt) else STOP)
 
     def generator(self, prompt: str) -> str:
-        return UNKNOWN if self.next_ideal(prompt) else f"<answer>{self.question.answer}</answer>"
+        return self.findings(prompt) + ANSWER.format(UNKNOWN if self.next_ideal(prompt) else self.question.answer)
 
-    # The clumsy planner.
+    # The clumsy planner. It sees what is missing, and does not know what to do about it.
+
+    def render_plan(self, step: w.Step, prompt: str) -> str:
+        why = self.findings(prompt)
+        return PLAN.format(why=why, context=step.context, sub_goal=step.sub_goal, tool=step.tool)
 
     def clumsy_plan(self, prompt: str) -> str:
         goal = self.next_ideal(prompt) if self.rng.random() < INSIGHT[self.question.family] else None
         goal = goal or self.random_goal(prompt)
-        why = justification(goal, prompt)
-        habits = dict(TOOL_HABITS[why])
+        kind = "find" if goal.sub_goal.startswith("Find") else "compute"
         last = re.findall(r"\nTool: (\w+)\nCommand", prompt)
-        if last and why == FIND:
+        habits = dict(TOOL_HABITS["compute from results" if kind == "compute" and "Search" in last else kind])
+        if last and kind == "find":
             habits = {tool: share * (1 - STICKY) + STICKY * (tool == last[-1]) for tool, share in habits.items()}
         tool = self.rng.choices(list(habits), list(habits.values()))[0]
-        return render_plan(goal._replace(tool=tool), why)
+        return self.render_plan(goal._replace(tool=tool), prompt)
 
     def random_goal(self, prompt: str) -> w.Step:
         """Anything that is in view: an entity with a relation of the question, or two numbers with some operation."""
@@ -139,7 +157,7 @@ class Teacher:
             return w.compute(*re.findall(r"\d+", asked), self.rng.choice(list(OPERATIONS)))
         view = prompt.split("\nQuestion: ")[1]
         numbers = re.findall(r" (\d{3,})\b", "".join(re.findall(r"Result: .*", view)))
-        compute_chance = 0.3 if self.question.family == "difference" else 0.03
+        compute_chance = 0.3 if self.question.family in ("difference", "earlier") else 0.03
         if len(numbers) > 1 and self.rng.random() < compute_chance:
             return w.compute(*self.rng.sample(numbers, 2), self.rng.choice(list(OPERATIONS)))
         entities = sorted(set(re.findall(r"[A-Z][a-z]+", view)) & NAME_SET)
@@ -148,16 +166,6 @@ class Teacher:
 
 RELATIONS = [*w.ENTITY_RELATIONS, *w.NUMBER_RELATIONS]
 NAME_SET = set(NAMES)
-
-
-def justification(step: w.Step, prompt: str) -> str:
-    if step.sub_goal.startswith("Find"):
-        return FIND
-    return LOOKED_UP if "\nTool: Search\n" in prompt else COMPUTE
-
-
-def render_plan(step: w.Step, why: str) -> str:
-    return PLAN.format(why=why, context=step.context, sub_goal=step.sub_goal, tool=step.tool)
 
 
 def expression(step: w.Step) -> str:
@@ -169,14 +177,21 @@ def expression(step: w.Step) -> str:
     return f"{left} {operation} {right}"
 
 
+TERM = r"(\d+) ([-+*<]) (\d+)"
+
+
+def calculate(left: str, operation: str, right: str) -> str:
+    """What Python prints for a term."""
+    one, two = int(left), int(right)
+    return str({"+": one + two, "-": one - two, "*": one * two, "<": one < two}[operation])
+
+
 class TeacherSandbox:
-    """Stands for the sandbox while transcripts are made: the teacher's own programs print one result of two numbers."""
+    """Stands for the sandbox while transcripts are made: the teacher's own programs print one term of two numbers."""
 
     async def run(self, code: str) -> str:
-        if not (match := re.search(r"(\d+) ([-+*]) (\d+)", code)):
-            return "unknown"
-        left, right = int(match[1]), int(match[3])
-        return str({"+": left + right, "-": left - right, "*": left * right}[match[2]])
+        match = re.search(TERM, code)
+        return calculate(*match.groups()) if match else "unknown"
 
 
 def transcript(
@@ -225,37 +240,14 @@ def prompt_texts() -> list[str]:
 def fixed_texts() -> list[str]:
     """All texts that become one token each: prompts, what the modules write, the encyclopedia's phrases, the names."""
     texts = prompt_texts() + ["\n"]
-    texts += [text.replace("{why}", why) for why in TOOL_HABITS for text in [PLAN.split("{context}")[0]]]
-    texts += [
-        "\nSub-Goal: Find ",
-        "\nTool Name: ",
-        *tools.TOOLS,
-        NO_TOOL,
-        *OPERATIONS.values(),
-        "Find ",
-        "CONTINUE",
-        "STOP",
-    ]
-    texts += [f'{tool}(query="' for tool in tools.TOOLS] + [
-        '")',
-        *literals(CODE),
-        '"unknown"',
-        *(f" {op} " for op in OPERATIONS),
-    ]
-    texts += [
-        *ANALYSES.values(),
-        HOLD,
-        MISSING,
-        "<answer>",
-        "</answer>",
-        "unknown",
-        "I do not know.",
-        "No results.",
-        "none",
-    ]
-    texts += [f"the {relation}" for relation in RELATIONS] + [" of ", "What is ", "Who is ", "?", " and ", " or ", ", "]
-    texts += ["the difference between "] + [text for template in w.EARLIER.values() for text in literals(template)]
-    texts += [*(f" is a {kind}. For this {kind}, " for kind in w.KINDS), " is ", ".", ": "]
+    texts += ["Justification: ", ".\nContext: ", "\nSub-Goal: Find ", "\nTool Name: ", *tools.TOOLS, NO_TOOL, "Find "]
+    texts += [*OPERATIONS.values(), *(f" {operation} " for operation in OPERATIONS)]
+    texts += [*(f'{tool}(query="' for tool in tools.TOOLS), '")', *literals(CODE), f'"{UNKNOWN}"']
+    texts += [*ANALYSES.values(), STOP, CONTINUE, "STOP", "CONTINUE", *literals(ANSWER), UNKNOWN]
+    texts += ["I do not know.", "No results.", "none", "True", "False"]
+    texts += [*(f"the {relation}" for relation in RELATIONS), " of ", "What is ", "Who is ", "?", " and ", " or ", ", "]
+    texts += ["the difference between ", *(text for template in w.EARLIER.values() for text in literals(template))]
+    texts += [*(f" is a {kind}: " for kind in w.KINDS), " is ", ".", ": "]
     texts += ["Error: there is no tool ", ". Use one of: " + ", ".join(tools.TOOLS) + "."]
     pairs_of_digits = [f"{number:02d}" for number in range(100)]  # a year is two tokens to copy, not four
     return list(dict.fromkeys([*texts, *NAMES, *pairs_of_digits]))
@@ -297,17 +289,14 @@ class Stage:
     lr_share: float  # of the peak learning rates
     families: dict[str, float]  # shares of the questions
     keep: dict[str, float]  # share of the rows of each role that are kept
-    prompt_weight: float  # of the loss on the prompts' own tokens, where copying is learned first
+    prompt_weight: float = 0.0  # of the loss on the prompts' own tokens, where copying is learned first
 
 
+FAMILY_SHARES = {"lookup": 2, "two-hop": 3, "three-hop": 4, "difference": 3, "earlier": 3, "arithmetic": 3}
+KEEP = dict(analyst=0.05, base=0.05, executor=0.3, coder=0.6, planner=0.4, verifier=0.4, generator=1.0)
 STAGES = (
-    Stage(  # every role, and the generator above all: one row a question, and the hardest one
-        steps=1700,
-        lr_share=1.0,
-        families={"lookup": 4, "two-hop": 3, "three-hop": 3, "difference": 3, "earlier": 4, "arithmetic": 2},
-        keep=dict(analyst=0.05, base=0.05, executor=0.3, coder=0.6, planner=0.3, verifier=0.4, generator=1.0),
-        prompt_weight=0.3,
-    ),
+    Stage(steps=550, lr_share=1.0, families=FAMILY_SHARES, keep=KEEP, prompt_weight=0.3),
+    Stage(steps=650, lr_share=0.7, families=FAMILY_SHARES, keep=KEEP),
 )
 
 
@@ -323,7 +312,8 @@ def row_stream(seed: int, stage: Stage = STAGES[0]) -> Iterator[tuple[str, str, 
             question = world.sample_question(rng.choices(families, shares)[0], rng)
             teacher, _ = transcript(question, world, corpus, rng, rng.choice(SKILLS))
             for role, prompt, completion in teacher.rows:
-                if rng.random() < stage.keep[role] * (KEEP_UNKNOWN if completion == UNKNOWN else 1):
+                no_answer = completion.endswith(ANSWER.format(UNKNOWN))
+                if rng.random() < stage.keep[role] * (KEEP_UNKNOWN if no_answer else 1):
                     yield role, prompt, completion
 
 
@@ -335,9 +325,7 @@ def batch_stream(tokenizer, rows: Iterator, seed: int, rows_per_step: int, promp
     encode = encoder(tokenizer)
     rng, pool = random.Random(f"batches {seed}"), []
     while True:
-        while (
-            len(pool) < 16 * rows_per_step
-        ):  # far more than a question's own rows, so that a step mixes many questions
+        while len(pool) < 16 * rows_per_step:  # far more than a question's own rows: a step mixes many questions
             pool.append(encode(*next(rows)[1:]))
         batch = sorted((pool.pop(rng.randrange(len(pool))) for _ in range(rows_per_step)), key=lambda row: len(row[0]))
         written = sum(len(ids) - begin for ids, begin in batch)
@@ -375,14 +363,84 @@ def new_model(out: Path, seed: int) -> None:
         intermediate_size=320,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
-        initializer_range=0.08,  # names far apart from the start: copying them is learned several times sooner
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # slow rotations: most of a head can match content
+        initializer_range=0.08,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen2ForCausalLM(config)
+    start_as_induction(model)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}")
     model.save_pretrained(out)
+
+
+@torch.no_grad()
+def start_as_induction(model: Qwen2ForCausalLM) -> None:
+    """Begin with the circuit that copies what followed an earlier, equal context ("induction heads", arXiv 2209.11895).
+
+    Nearly all that the modules do is to look up and copy. From random weights a model this small needs thousands of
+    steps to find the circuit; from here it has looked up any fact after a hundred. Head h of layer 0 carries the token
+    h + 1 places back; head h of layer 1 looks for a place whose token h + 1 back is what its own query has h back, and
+    copies what stands there. All weights are trained on from there.
+    """
+    (carry, match, *_), config = model.model.layers, model.config
+    size, width, std = config.hidden_size // config.num_attention_heads, config.hidden_size, config.initializer_range
+    frequencies = config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size)[:6]  # of fast rotations
+    what, where, copy = (torch.linalg.qr(torch.randn(width, width))[0] for _ in range(3))  # random orthogonal bases
+    for layer in model.model.layers:  # the residual stream begins as the pure embedding
+        layer.mlp.down_proj.weight.zero_()
+        layer.self_attn.o_proj.weight.zero_()
+    carry.self_attn.q_proj.weight.mul_(0.1)
+    carry.self_attn.k_proj.weight.mul_(0.1)
+    for head in range(config.num_attention_heads):
+        rows = slice(head * size, (head + 1) * size)
+        # A score of cos(frequency * (distance - (head + 1))), summed over frequencies, is largest at that distance.
+        query, key = carry.self_attn.q_proj.bias[rows], carry.self_attn.k_proj.bias[rows]
+        query[: len(frequencies)] = 5 * torch.cos((head + 1) * frequencies)
+        query[size // 2 : size // 2 + len(frequencies)] = -5 * torch.sin((head + 1) * frequencies)
+        key[: len(frequencies)] = 5
+        carry.self_attn.v_proj.weight[rows] = what[:size]  # the same view of the token from every distance ...
+        carry.self_attn.o_proj.weight[:, rows] = 2 * std * where[:, rows]  # ... to a place of its own
+        before = where[:, (head - 1) * size : head * size].T if head else what[:size]
+        match.self_attn.q_proj.weight[rows] = 2 * before
+        match.self_attn.k_proj.weight[rows] = 2 * where[:, rows].T
+    match.self_attn.v_proj.weight.copy_(copy)
+    match.self_attn.o_proj.weight.copy_(2 * std * copy.T)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are made orthogonal (kellerjordan.github.io/posts/muon), in float32 for all matrices of a
+    shape at once: on a CPU without bfloat16, `torch.optim.Muon` takes longer than the forward and backward passes.
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        shapes = dict.fromkeys(p.shape for p in params)
+        super().__init__([{"params": [p for p in params if p.shape == shape]} for shape in shapes], {"lr": lr})
+        self.momentum, self.weight_decay = momentum, weight_decay
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params, lr = group["params"], group["lr"]
+            gradient = torch.stack([p.grad for p in params])
+            average = self.state.setdefault(params[0], {"average": torch.zeros_like(gradient)})["average"]
+            average.lerp_(gradient, 1 - self.momentum)
+            rows, columns = params[0].shape
+            update = orthogonal(gradient.lerp(average, self.momentum)) * math.sqrt(max(1, rows / columns))
+            for p, change in zip(params, update):
+                p.mul_(1 - lr * self.weight_decay).add_(change, alpha=-lr)
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """The nearest matrices with all singular values near 1, by five Newton-Schulz steps. (N, R, C) -> (N, R, C)"""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if tall else x
 
 
 def train_stage(out: Path, number: int, args: argparse.Namespace) -> None:
@@ -393,7 +451,7 @@ def train_stage(out: Path, number: int, args: argparse.Namespace) -> None:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(matrices, lr=stage.lr_share * args.muon_lr, momentum=0.95, weight_decay=0.01),
+        Muon(matrices, lr=stage.lr_share * args.muon_lr),
         torch.optim.AdamW(others, lr=stage.lr_share * args.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -441,7 +499,7 @@ class IdealPlanner:
     def _complete(self, prompt: str) -> Completion:
         teacher = self.teachers[prompt.split("\nQuestion: ")[1].split("\n")[0]]
         step = teacher.next_ideal(prompt)
-        text = render_plan(step, justification(step, prompt)) if step else "The plan is complete."
+        text = teacher.render_plan(step, prompt) if step else "The plan is complete."
         return Completion([prompt], [0], [0.0], text, "stop")
 
 
@@ -469,7 +527,7 @@ if __name__ == "__main__":
     parser.add_argument("--check", action="store_true", help="train nothing, measure the model in --out")
     parser.add_argument("--from_stage", type=int, default=1, help="stage to begin with; above 1: on the model in --out")
     parser.add_argument("--rows_per_step", type=int, default=64, help="prompts with their completions in one step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW (embeddings) at its peak")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW (embeddings) at its peak")
     parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of Muon (matrices) at its peak")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the worlds and the order")
     args = parser.parse_args()

@@ -5,11 +5,11 @@ bears which name changes with the seed, so a model that was trained in other wor
 none of its facts: what is left to learn is how to look things up.
 
     world = World(seed=0)
-    world.articles["Zilath"]    # 'Zilath is a person. For this person, the birthplace is Pruzek, the birth year ...'
+    world.articles["Zilath"]    # 'Zilath is a person: the birthplace of Zilath is Pruzek, the birth year of ...'
     world.questions("train")    # 4,000 `Question`s; "dev" 200, "test" 500, disjoint as questions
 
-Six families need different plans: lookup (one search), two-hop, three-hop, difference (two searches, then Python),
-earlier (two searches), arithmetic (Python alone).
+Six families need different plans: lookup (one search), two-hop, three-hop, difference and earlier (two searches, then
+Python), arithmetic (Python alone).
 """
 
 import random
@@ -49,16 +49,17 @@ Jilmov Pelar Mornel Thurkek Trernun Krulmia
 KINDS = {"country": 20, "city": 90, "person": 110, "company": 80}  # entities of each kind, 300 articles in all
 
 # An article is one template; each {relation} in it is a fact. A value is another entity or a number. Articles name
-# their relations as questions do ("the mayor"), so that a tiny model can look a value up without knowing synonyms.
+# their relations as questions do ("the mayor of X"), so that a tiny model can look a value up without knowing synonyms.
 ARTICLES = {
-    "country": "{name} is a country. For this country, the capital is {capital}, the president is {president}, "
-    "the area is {area}.",
-    "city": "{name} is a city. For this city, the country is {country}, the mayor is {mayor}, "
-    "the founding year is {founding year}, the population is {population}.",
-    "person": "{name} is a person. For this person, the birthplace is {birthplace}, the birth year is {birth year}, "
-    "the employer is {employer}.",
-    "company": "{name} is a company. For this company, the headquarters is {headquarters}, the founder is {founder}, "
-    "the founding year is {founding year}, the number of employees is {number of employees}.",
+    "country": "{name} is a country: the capital of {name} is {capital}, the president of {name} is {president}, "
+    "the area of {name} is {area}.",
+    "city": "{name} is a city: the country of {name} is {country}, the mayor of {name} is {mayor}, "
+    "the founding year of {name} is {founding year}, the population of {name} is {population}.",
+    "person": "{name} is a person: the birthplace of {name} is {birthplace}, the birth year of {name} is {birth year}, "
+    "the employer of {name} is {employer}.",
+    "company": "{name} is a company: the headquarters of {name} is {headquarters}, the founder of {name} is {founder}, "
+    "the founding year of {name} is {founding year}, "
+    "the number of employees of {name} is {number of employees}.",
 }
 ENTITY_RELATIONS = {  # relation: (kind of its subject, kind of its value)
     "capital": ("country", "city"),
@@ -78,7 +79,12 @@ NUMBER_RELATIONS = {  # relation: (kinds of its subject, smallest value, largest
     "number of employees": (("company",), 100, 9999),
 }
 EARLIER = {"founding year": "Which was founded earlier, {} or {}?", "birth year": "Who was born earlier, {} or {}?"}
-OPERATIONS = {"+": "Add the numbers", "-": "Subtract the numbers", "*": "Multiply the numbers"}
+OPERATIONS = {
+    "+": "Add the numbers",
+    "-": "Subtract the numbers",
+    "*": "Multiply the numbers",
+    "<": "Compare the numbers",
+}
 
 FAMILIES = ("lookup", "two-hop", "three-hop", "difference", "earlier", "arithmetic")
 SPLITS = {"train": 4000, "dev": 200, "test": 500}
@@ -119,8 +125,9 @@ def compute(left: str, right: str, operation: str) -> Step:
 def ideal_plan(question: Question) -> list[Step]:
     """The shortest plan that puts everything the answer needs into the memory: one step a turn."""
     steps = [find(fact.relation, fact.subject) for fact in question.facts]
-    if question.family == "difference":
-        steps.append(compute(question.facts[0].value, question.facts[1].value, "-"))
+    if question.family in ("difference", "earlier"):
+        operation = "-" if question.family == "difference" else "<"
+        steps.append(compute(question.facts[0].value, question.facts[1].value, operation))
     if question.family == "arithmetic":
         left, operation, right = question.question.removeprefix("What is ").removesuffix("?").split()
         steps.append(compute(left, right, operation))
