@@ -69,7 +69,7 @@ def finished(tmp_path_factory):
 
 
 def test_what_a_run_leaves(finished):
-    assert json.loads((finished / "config.json").read_text())["group_size"] == 6
+    assert json.loads((finished / "config.json").read_text())["group_size"] == TINY["group_size"]
     metrics = timeless(finished)
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
     assert all("dev_accuracy" in m for m in metrics[1::2]) and "dev_accuracy" not in metrics[2]
@@ -80,7 +80,7 @@ def test_what_a_run_leaves(finished):
     assert metrics[1]["kl"] == pytest.approx(0, abs=1e-9)  # the first step starts at the reference policy
     assert metrics[4]["kl"] > 0
     rollouts = [json.loads(line) for line in (finished / "rollouts.jsonl").read_text().splitlines()]
-    assert len(rollouts) == 4 * 8 * 6
+    assert len(rollouts) == 4 * TINY["questions_per_step"] * TINY["group_size"]
     assert all(len(turn["completion_ids"]) == len(turn["logprobs"]) for r in rollouts for turn in r["turns"])
     result = json.loads((finished / "result.json").read_text())
     keys = {
