@@ -39,9 +39,7 @@ class Step:
     command: str
     result: str
     verdict: str = ""  # CONTINUE or STOP; empty until the verifier has spoken
-    error: str = (
-        ""  # which mistake of the model or the tool this is: format, tool, command, run; empty when all went well
-    )
+    error: str = ""  # the mistake of the model or the tool: format, tool, command or run; empty when all went well
 
 
 @dataclass
@@ -187,13 +185,8 @@ Sub-Goal: {sub_goal}"""
 async def execute(question: str, plan: Plan, env: ToolEnv) -> Step:
     """Make the command for a plan and run it. A mistake becomes the step's result."""
     if plan.tool not in TOOLS:
-        return Step(
-            plan.sub_goal,
-            plan.tool,
-            "",
-            f"Error: there is no tool {plan.tool}. Use one of: {', '.join(TOOLS)}.",
-            error="tool",
-        )
+        result = f"Error: there is no tool {plan.tool}. Use one of: {', '.join(TOOLS)}."
+        return Step(plan.sub_goal, plan.tool, "", result, error="tool")
     prompt = EXECUTOR_PROMPT.format(
         tool=tool_metadata(TOOLS[plan.tool]), question=question, context=plan.context, sub_goal=plan.sub_goal
     )

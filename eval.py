@@ -75,18 +75,13 @@ def evaluate(
     by_family = {}
     for family in sorted({example.family for example in examples}):
         hits = [reward for reward, example in zip(rewards, examples) if example.family == family]
-        by_family[family] = {
-            "accuracy": sum(hits) / len(hits),
-            "interval": wilson(sum(hits), len(hits)),
-            "n": len(hits),
-        }
-    return {
-        "accuracy": sum(rewards) / len(rewards),
-        "interval": wilson(sum(rewards), len(rewards)),
-        "n": len(rewards),
-        "by_family": by_family,
-        **behaviour(trajectories),
-    }
+        by_family[family] = accuracy(hits)
+    return {**accuracy(rewards), "by_family": by_family, **behaviour(trajectories)}
+
+
+def accuracy(rewards: list[float]) -> dict[str, Any]:
+    n = len(rewards)
+    return {"accuracy": sum(rewards) / n, "interval": wilson(sum(rewards), n), "n": n}
 
 
 def behaviour(trajectories: list[Trajectory]) -> dict[str, Any]:

@@ -56,9 +56,7 @@ class Config:
     steps: int = setting(60, "rollout batches, each followed by a policy update")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     # the system
-    model: str = setting(
-        "tinyworld/backbone", "model folder or hub name; starts the planner and plays the frozen modules"
-    )
+    model: str = setting("tinyworld/backbone", "model folder or hub name; starts the planner, is the frozen modules")
     task: str = setting("tinyworld", "tinyworld, or a folder with train.jsonl, dev.jsonl and test.jsonl")
     corpus: str = setting("", "file made by `python tools.py index`; empty: the articles of the bundled world")
     max_turns: int = setting(4, "turn budget of a question")
@@ -71,15 +69,14 @@ class Config:
     temperature: float = setting(1.0, "sampling temperature of the planner, in rollouts, loss and evaluation")
     learning_rate: float = setting(3e-4, "of AdamW, after the warm-up")
     warmup_steps: int = setting(3, "optimizer steps over which the learning rate rises linearly")
+    decay: bool = setting(True, "after the warm-up the learning rate falls linearly, to 0 at the end of the run")
     weight_decay: float = setting(0.0, "of AdamW")
     max_grad_norm: float = setting(1.0, "the gradient is scaled down to this norm")
     updates_per_step: int = setting(1, "optimizer steps on each rollout batch; from the second on the ratio is clipped")
     clip_low: float = setting(0.2, "epsilon below 1 (Eq. 5)")
     clip_high: float = setting(0.2, "epsilon above 1 (Eq. 5); the authors ran 0.3")
     kl_coef: float = setting(0.001, "beta, weight of the KL to the initial policy (Eq. 5)")
-    aggregation: str = setting(
-        "paper", "paper: mean over trajectories, turns, tokens (Eq. 5); token-mean: as the authors ran it"
-    )
+    aggregation: str = setting("paper", "paper: mean of trajectories, turns, tokens; token-mean: as the authors ran it")
     normalize_std: bool = setting(True, "divide the advantages by the group's standard deviation (Eq. 7)")
     tis_cap: float = setting(0.0, "cap of the importance weights trainer / sampler; 0: no such weights")
     skip_zero_variance: bool = setting(False, "leave out groups whose rewards are all equal: less work, no KL pull")
@@ -136,18 +133,15 @@ def main(config: Config) -> None:
         # --- evaluate on the dev questions, with the policy this step starts from
         metrics = {"step": step}
         if (step - 1) % config.eval_every == 0:
-            metrics["dev_accuracy"] = evaluate(system, dev_set, config.temperature, (config.seed, "dev"), "dev")[
-                "accuracy"
-            ]
+            dev = evaluate(system, dev_set, config.temperature, (config.seed, "dev"), "dev")
+            metrics["dev_accuracy"] = dev["accuracy"]
         clock.lap("eval")
 
         # --- roll out: P questions, G trajectories of each, through planner, executor, verifier and generator
         questions = questions_of_step(train_set, step, config.questions_per_step, config.seed)
         with tqdm(total=len(questions) * config.group_size, desc=f"step {step} rollouts", leave=False) as bar:
-            texts = [example.question for example in questions]
-            groups = system.rollout(
-                texts, config.group_size, config.temperature, (config.seed, step), on_done=bar.update
-            )
+            texts, key = [example.question for example in questions], (config.seed, step)
+            groups = system.rollout(texts, config.group_size, config.temperature, key, on_done=bar.update)
         clock.lap("rollout")
 
         # --- score: one outcome reward for each trajectory
@@ -208,17 +202,16 @@ def main(config: Config) -> None:
                     sampler_logprobs=sampled if config.tis_cap else None, tis_cap=config.tis_cap or None,
                 )  # fmt: skip
                 loss.backward()
-                mean = token_weights(batch_weights, mask)  # (B, T)
-                batch_stats |= {"loss": loss, "entropy": (mean * entropy).sum()}
+                of_token = token_weights(batch_weights, mask)  # (B, T)
+                batch_stats |= {"loss": loss, "entropy": (of_token * entropy).sum()}
                 for name in stats:
                     stats[name] += batch_stats[name].item()
                 if update == 0:
-                    sampler_gap += (mean * (logprobs.detach() - sampled).abs()).sum().item()
+                    sampler_gap += (of_token * (logprobs.detach() - sampled).abs()).sum().item()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
             if not math.isfinite(grad_norm):
                 raise UserError(f"step {step}: the gradient is {grad_norm}; the last checkpoint is intact")
-            done = (step - 1) * config.updates_per_step + update + 1
-            optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, done / max(1, config.warmup_steps))
+            optimizer.param_groups[0]["lr"] = learning_rate(config, (step - 1) * config.updates_per_step + update)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         policy.eval()
@@ -261,7 +254,15 @@ def main(config: Config) -> None:
     report(run)
 
 
-# --- the questions of a step ------------------------------------------------------------------------------------------
+# --- functions of the step alone: a run that is continued needs no other state ----------------------------------------
+
+
+def learning_rate(config: Config, update: int) -> float:
+    """Of update 0, 1, ...: up over the warm-up, then down to 0, so that the last policy is no longer shaken about."""
+    share = min(1.0, (update + 1) / max(1, config.warmup_steps))
+    if config.decay:
+        share = min(share, 1 - update / (config.steps * config.updates_per_step))
+    return config.learning_rate * share
 
 
 def questions_of_step(train_set: list[Example], step: int, count: int, seed: int) -> list[Example]:
@@ -443,11 +444,9 @@ def finish(run: Path, config: Config, result: dict) -> None:
         "train_seconds": result["train_seconds"],
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         / (2**20 if sys.platform == "darwin" else 2**10),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": dict(
+            python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__
+        ),
         "before": result["before"],
         "after": result["after"],
     }
@@ -482,11 +481,7 @@ def disk_errors(run: Path) -> Iterator[None]:
     """A full disk or a folder that cannot be written is one clear line; the last whole checkpoint stays as it is."""
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch.save and safetensors have their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk torch and safetensors have their own
         space = getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(run.anchor or ".").free < 2**20
         advice = "free some space, then run the same command to continue" if space else "make it writable"
         raise UserError(f"cannot write to {run} ({error}): {advice}; the last checkpoint is intact") from error

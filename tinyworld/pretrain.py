@@ -52,14 +52,16 @@ STOP, CONTINUE = ".\nConclusion: STOP", ".\nConclusion: CONTINUE"
 ANSWER = ".\n<answer>{}</answer>"
 CODE = "```python\nprint({})\n```"
 NO_TOOL = "Calculator"  # a tool that does not exist: the rarest of the planner's habits
+RELATIONS = [*w.ENTITY_RELATIONS, *w.NUMBER_RELATIONS]
+TERM = r"(\d+) ([-+*<]) (\d+)"
 
 TOOL_HABITS = {  # what a clumsy planner reaches for, by kind of goal
-    "find": {"Base_Generator": 0.62, "Search": 0.2, "Python_Coder": 0.16, NO_TOOL: 0.02},
-    "compute": {"Base_Generator": 0.57, "Search": 0.2, "Python_Coder": 0.21, NO_TOOL: 0.02},
-    "compute from results": {"Base_Generator": 0.46, "Search": 0.12, "Python_Coder": 0.4, NO_TOOL: 0.02},
+    "find": {"Base_Generator": 0.58, "Search": 0.24, "Python_Coder": 0.16, NO_TOOL: 0.02},
+    "compute": {"Base_Generator": 0.8, "Search": 0.05, "Python_Coder": 0.13, NO_TOOL: 0.02},
+    "compute from results": {"Base_Generator": 0.51, "Search": 0.05, "Python_Coder": 0.42, NO_TOOL: 0.02},
 }
 STICKY = 0.7  # chance to use the tool of the last step again, when it suits the habit
-INSIGHT = {"lookup": 0.2, "two-hop": 0.4, "three-hop": 0.65, "difference": 0.8, "earlier": 0.8, "arithmetic": 0.2}
+INSIGHT = {"lookup": 0.2, "two-hop": 0.4, "three-hop": 0.65, "difference": 0.85, "earlier": 0.85, "arithmetic": 0.6}
 # chance that a clumsy goal is the right one, else it is picked at random from what is in view: higher where a random
 # plan would never succeed, since a family in which no rollout succeeds gives Flow-GRPO nothing to compare
 
@@ -75,24 +77,36 @@ class Teacher:
     async def plan(self, prompt: str) -> Completion:
         """The row to learn is always clumsy; the step that is run may be ideal, so that good states are seen too."""
         self.rows.append(("planner", prompt, self.clumsy_plan(prompt)))
-        ideal = self.next_ideal(prompt)
-        use_ideal = ideal is not None and self.rng.random() < self.skill
-        text = self.render_plan(ideal, prompt) if use_ideal else self.clumsy_plan(prompt)
+        why, missing = self.findings(prompt)
+        use_ideal = missing is not None and self.rng.random() < self.skill
+        text = render_plan(why, missing) if use_ideal else self.clumsy_plan(prompt)
         return Completion([], [], [], text, "stop")
 
     async def ask(self, role: str, prompt: str) -> str:
         self.rows.append((role, prompt, text := getattr(self, role)(prompt)))
         return text
 
-    # What an ideal planner would do next, and whether the memory already holds what the answer needs.
+    # What the memory already holds, and what an ideal planner would do next.
 
-    def next_ideal(self, prompt: str) -> w.Step | None:
-        return next((step for step in ideal_plan(self.question) if not self.is_done(step, prompt)), None)
+    def findings(self, prompt: str) -> tuple[str, w.Step | None]:
+        """The line of facts that planner, verifier and generator write, up to the first that is unknown, and the step
+        that would find that one."""
+        facts = []
+        for step in ideal_plan(self.question):
+            if not self.is_done(step, prompt):
+                return ", ".join([*facts, f"{expression(step)} is {UNKNOWN}"]), step
+            facts.append(f"{expression(step)} is {self.value(step)}")
+        return ", ".join(facts), None
 
     def is_done(self, step: w.Step, prompt: str) -> bool:
         if step.tool == "Search":
             return f"\nResult: {step.context}: {self.world.articles[step.context]}" in prompt
         return f'\nTool: Python_Coder\nCommand: Python_Coder(query="{expression(step)}")' in prompt
+
+    def value(self, step: w.Step) -> str:
+        if step.tool == "Search":
+            return self.world.facts[step.context][step.sub_goal.removeprefix("Find the ")].value
+        return calculate(*re.fullmatch(TERM, expression(step)).groups())
 
     # The frozen modules, perfect.
 
@@ -111,48 +125,32 @@ class Teacher:
     def base(self, prompt: str) -> str:
         return "I do not know."
 
-    def findings(self, prompt: str) -> str:
-        """The line of facts that planner, verifier and generator write: up to the first that is unknown."""
-        facts = []
-        for step in ideal_plan(self.question):
-            facts.append(f"{expression(step)} is {self.value(step) if self.is_done(step, prompt) else UNKNOWN}")
-            if facts[-1].endswith(UNKNOWN):
-                break
-        return ", ".join(facts)
-
-    def value(self, step: w.Step) -> str:
-        if step.tool == "Search":
-            return self.world.facts[step.context][step.sub_goal.removeprefix("Find the ")].value
-        return calculate(*re.fullmatch(TERM, expression(step)).groups())
-
     def verifier(self, prompt: str) -> str:
-        return self.findings(prompt) + (CONTINUE if self.next_ideal(prompt) else STOP)
+        findings, missing = self.findings(prompt)
+        return findings + (CONTINUE if missing else STOP)
 
     def generator(self, prompt: str) -> str:
-        return self.findings(prompt) + ANSWER.format(UNKNOWN if self.next_ideal(prompt) else self.question.answer)
+        findings, missing = self.findings(prompt)
+        return findings + ANSWER.format(UNKNOWN if missing else self.question.answer)
 
     # The clumsy planner. It sees what is missing, and does not know what to do about it.
 
-    def render_plan(self, step: w.Step, prompt: str) -> str:
-        why = self.findings(prompt)
-        return PLAN.format(why=why, context=step.context, sub_goal=step.sub_goal, tool=step.tool)
-
     def clumsy_plan(self, prompt: str) -> str:
-        goal = self.next_ideal(prompt) if self.rng.random() < INSIGHT[self.question.family] else None
+        why, missing = self.findings(prompt)
+        goal = missing if self.rng.random() < INSIGHT[self.question.family] else None
         goal = goal or self.random_goal(prompt)
         kind = "find" if goal.sub_goal.startswith("Find") else "compute"
         last = re.findall(r"\nTool: (\w+)\nCommand", prompt)
-        habits = dict(TOOL_HABITS["compute from results" if kind == "compute" and "Search" in last else kind])
+        habits = TOOL_HABITS["compute from results" if kind == "compute" and "Search" in last else kind]
         if last and kind == "find":
             habits = {tool: share * (1 - STICKY) + STICKY * (tool == last[-1]) for tool, share in habits.items()}
         tool = self.rng.choices(list(habits), list(habits.values()))[0]
-        return self.render_plan(goal._replace(tool=tool), prompt)
+        return render_plan(why, goal._replace(tool=tool))
 
     def random_goal(self, prompt: str) -> w.Step:
         """Anything that is in view: an entity with a relation of the question, or two numbers with some operation."""
         asked = self.question.question
         relations = [r for r in RELATIONS if f"the {r}" in asked]
-        relations += [r for r, text in w.EARLIER.items() if asked.startswith(literals(text)[0])]
         if not relations:  # arithmetic
             return w.compute(*re.findall(r"\d+", asked), self.rng.choice(list(OPERATIONS)))
         view = prompt.split("\nQuestion: ")[1]
@@ -160,12 +158,12 @@ class Teacher:
         compute_chance = 0.3 if self.question.family in ("difference", "earlier") else 0.03
         if len(numbers) > 1 and self.rng.random() < compute_chance:
             return w.compute(*self.rng.sample(numbers, 2), self.rng.choice(list(OPERATIONS)))
-        entities = sorted(set(re.findall(r"[A-Z][a-z]+", view)) & NAME_SET)
+        entities = sorted(set(re.findall(r"[A-Z][a-z]+", view)) & set(NAMES))
         return w.find(self.rng.choice(relations), self.rng.choice(entities))
 
 
-RELATIONS = [*w.ENTITY_RELATIONS, *w.NUMBER_RELATIONS]
-NAME_SET = set(NAMES)
+def render_plan(why: str, step: w.Step) -> str:
+    return PLAN.format(why=why, context=step.context, sub_goal=step.sub_goal, tool=step.tool)
 
 
 def expression(step: w.Step) -> str:
@@ -175,9 +173,6 @@ def expression(step: w.Step) -> str:
     operation = next(op for op, text in OPERATIONS.items() if text == step.sub_goal)
     left, right = step.context.split(", ")
     return f"{left} {operation} {right}"
-
-
-TERM = r"(\d+) ([-+*<]) (\d+)"
 
 
 def calculate(left: str, operation: str, right: str) -> str:
@@ -215,6 +210,7 @@ def drive(coroutine):
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 EOS, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
+SPECIAL = (EOS, USER, ASSISTANT, "<|endoftext|>")  # the last is never used: every Qwen2 tokenizer adds it if it lacks
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
@@ -245,8 +241,8 @@ def fixed_texts() -> list[str]:
     texts += [*(f'{tool}(query="' for tool in tools.TOOLS), '")', *literals(CODE), f'"{UNKNOWN}"']
     texts += [*ANALYSES.values(), STOP, CONTINUE, "STOP", "CONTINUE", *literals(ANSWER), UNKNOWN]
     texts += ["I do not know.", "No results.", "none", "True", "False"]
-    texts += [*(f"the {relation}" for relation in RELATIONS), " of ", "What is ", "Who is ", "?", " and ", " or ", ", "]
-    texts += ["the difference between ", *(text for template in w.EARLIER.values() for text in literals(template))]
+    texts += [*(f"the {relation}" for relation in RELATIONS), " of ", "What is ", "Who is ", "?", " and ", ", "]
+    texts += ["the difference between ", *w.EARLIER.values()]
     texts += [*(f" is a {kind}: " for kind in w.KINDS), " is ", ".", ": "]
     texts += ["Error: there is no tool ", ". Use one of: " + ", ".join(tools.TOOLS) + "."]
     pairs_of_digits = [f"{number:02d}" for number in range(100)]  # a year is two tokens to copy, not four
@@ -266,7 +262,7 @@ def build_tokenizer(folder: Path) -> None:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in (EOS, USER, ASSISTANT)])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in fixed_texts()])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False
@@ -278,7 +274,10 @@ def build_tokenizer(folder: Path) -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 SKILLS = (0.0, 0.5, 0.8, 0.95, 1.0)  # transcripts range from a clumsy planner's to a nearly ideal one's
-KEEP_UNKNOWN = 0.3  # of the generator's rows without an answer: there is little to learn from them
+FAMILY_SHARES = {"lookup": 2, "two-hop": 3, "three-hop": 4, "difference": 3, "earlier": 3, "arithmetic": 3}
+# Share of the rows of each role that are kept, and of the generator's rows without an answer: many are much the same.
+KEEP = dict(analyst=0.05, base=0.05, executor=0.3, coder=0.6, planner=0.4, verifier=0.4, generator=1.0)
+KEEP_UNKNOWN = 0.3
 
 
 @dataclass(frozen=True)
@@ -287,24 +286,17 @@ class Stage:
 
     steps: int
     lr_share: float  # of the peak learning rates
-    families: dict[str, float]  # shares of the questions
-    keep: dict[str, float]  # share of the rows of each role that are kept
     prompt_weight: float = 0.0  # of the loss on the prompts' own tokens, where copying is learned first
 
 
-FAMILY_SHARES = {"lookup": 2, "two-hop": 3, "three-hop": 4, "difference": 3, "earlier": 3, "arithmetic": 3}
-KEEP = dict(analyst=0.05, base=0.05, executor=0.3, coder=0.6, planner=0.4, verifier=0.4, generator=1.0)
-STAGES = (
-    Stage(steps=550, lr_share=1.0, families=FAMILY_SHARES, keep=KEEP, prompt_weight=0.3),
-    Stage(steps=650, lr_share=0.7, families=FAMILY_SHARES, keep=KEEP),
-)
+STAGES = (Stage(steps=550, lr_share=1.0, prompt_weight=0.3), Stage(steps=650, lr_share=0.7))
 
 
-def row_stream(seed: int, stage: Stage = STAGES[0]) -> Iterator[tuple[str, str, str]]:
+def row_stream(seed: int) -> Iterator[tuple[str, str, str]]:
     """Endless (role, prompt, completion) rows, a new world every 100 questions, without any fact of the test world."""
     rng = random.Random(f"pretrain {seed}")
     avoid = World(TEST_WORLD).all_facts()
-    families, shares = list(stage.families), list(stage.families.values())
+    families, shares = list(FAMILY_SHARES), list(FAMILY_SHARES.values())
     for world_seed in range(1_000_000 * (seed + 1), 1_000_000 * (seed + 2)):
         world = World(world_seed, avoid)
         corpus = tools.Corpus.from_articles(world.articles.items())
@@ -313,7 +305,7 @@ def row_stream(seed: int, stage: Stage = STAGES[0]) -> Iterator[tuple[str, str, 
             teacher, _ = transcript(question, world, corpus, rng, rng.choice(SKILLS))
             for role, prompt, completion in teacher.rows:
                 no_answer = completion.endswith(ANSWER.format(UNKNOWN))
-                if rng.random() < stage.keep[role] * (KEEP_UNKNOWN if no_answer else 1):
+                if rng.random() < KEEP[role] * (KEEP_UNKNOWN if no_answer else 1):
                     yield role, prompt, completion
 
 
@@ -357,14 +349,14 @@ def new_model(out: Path, seed: int) -> None:
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,  # head size 32
         num_key_value_heads=4,
         intermediate_size=320,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # slow rotations: most of a head can match content
-        initializer_range=0.08,
+        initializer_range=0.08,  # about 1 / sqrt(hidden_size): the usual 0.02 is made for far wider models
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -459,7 +451,7 @@ def train_stage(out: Path, number: int, args: argparse.Namespace) -> None:
         return min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / stage.steps)) / 2)
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr) for optimizer in optimizers]
-    batches = batch_stream(tokenizer, row_stream(seed, stage), seed, args.rows_per_step, stage.prompt_weight)
+    batches = batch_stream(tokenizer, row_stream(seed), seed, args.rows_per_step, stage.prompt_weight)
     started, running = time.time(), None
     for _ in (bar := tqdm(range(stage.steps), desc=f"stage {number + 1} of {len(STAGES)}", unit="step")):
         total = 0.0
@@ -498,8 +490,8 @@ class IdealPlanner:
 
     def _complete(self, prompt: str) -> Completion:
         teacher = self.teachers[prompt.split("\nQuestion: ")[1].split("\n")[0]]
-        step = teacher.next_ideal(prompt)
-        text = teacher.render_plan(step, prompt) if step else "The plan is complete."
+        why, missing = teacher.findings(prompt)
+        text = render_plan(why, missing) if missing else "The plan is complete."
         return Completion([prompt], [0], [0.0], text, "stop")
 
 

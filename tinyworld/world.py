@@ -78,7 +78,10 @@ NUMBER_RELATIONS = {  # relation: (kinds of its subject, smallest value, largest
     "birth year": (("person",), 1900, 1999),
     "number of employees": (("company",), 100, 9999),
 }
-EARLIER = {"founding year": "Which was founded earlier, {} or {}?", "birth year": "Who was born earlier, {} or {}?"}
+EARLIER = {  # how such a question begins; then it names each fact in full, as all others do
+    "founding year": "Which was founded earlier, going by ",
+    "birth year": "Who was born earlier, going by ",
+}
 OPERATIONS = {
     "+": "Add the numbers",
     "-": "Subtract the numbers",
@@ -191,14 +194,13 @@ class World:
             one, two = rng.sample([f[relation] for f in self.facts.values() if relation in f], 2)
             if one.value == two.value:
                 return self.sample_question(family, rng)
-            if family == "earlier":
-                winner = min(one, two, key=lambda fact: int(fact.value))
-                return Question(EARLIER[relation].format(one.subject, two.subject), winner.subject, family, (one, two))
-            one, two = sorted((one, two), key=lambda fact: -int(fact.value))
-            text = (
-                f"What is the difference between the {relation} of {one.subject} and the {relation} of {two.subject}?"
-            )
-            return Question(text, str(int(one.value) - int(two.value)), family, (one, two))
+            if family == "difference":
+                one, two = sorted((one, two), key=lambda fact: -int(fact.value))
+                start, answer = "What is the difference between ", str(int(one.value) - int(two.value))
+            else:
+                start, answer = EARLIER[relation], min(one, two, key=lambda fact: int(fact.value)).subject
+            text = f"{start}the {relation} of {one.subject} and the {relation} of {two.subject}?"
+            return Question(text, answer, family, (one, two))
         return self._chain({"lookup": 1, "two-hop": 2, "three-hop": 3}[family], family, rng)
 
     def _chain(self, hops: int, family: str, rng: random.Random) -> Question:
