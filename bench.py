@@ -30,7 +30,7 @@ class BenchConfig:
     repeats: int = setting(3, "runs of each measurement; the median is shown")
     max_turns: int = setting(4, "turn budget of a question")
     device: str = setting("auto", "auto, cpu, cuda or mps")
-    micro_batch_tokens: int = setting(16384, "tokens of one forward and backward pass, padding included")
+    micro_batch_tokens: int = setting(2048, "tokens of one forward and backward pass, padding included")
     output: str = setting("bench.json", "file for the figures; empty: none")
 
 

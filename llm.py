@@ -85,7 +85,7 @@ class TransformersEngine:
     """Batched sampling with a KV cache. Holds its own copy of the weights, so a frozen module stays frozen."""
 
     def __init__(
-        self, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, batch_tokens: int = 16384
+        self, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, batch_tokens: int = 8192
     ):
         self.model, self.tokenizer = load_model(path, device, dtype)
         self.batch_tokens = batch_tokens  # prompt tokens of one forward pass, padding included

@@ -53,7 +53,7 @@ class Config:
     # the run
     run_dir: str = setting("", "folder of the run; empty: runs/TASK-seedSEED")
     seed: int = setting(0, "seed of everything random")
-    steps: int = setting(60, "rollout batches, each followed by a policy update")
+    steps: int = setting(36, "rollout batches, each followed by a policy update")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     # the system
     model: str = setting("tinyworld/backbone", "model folder or hub name; starts the planner, is the frozen modules")
@@ -67,7 +67,7 @@ class Config:
     questions_per_step: int = setting(16, "P, questions of one step")
     group_size: int = setting(8, "G, trajectories of each question, at least 2")
     temperature: float = setting(1.0, "sampling temperature of the planner, in rollouts, loss and evaluation")
-    learning_rate: float = setting(3e-4, "of AdamW, after the warm-up")
+    learning_rate: float = setting(6e-4, "of AdamW, after the warm-up")
     warmup_steps: int = setting(3, "optimizer steps over which the learning rate rises linearly")
     decay: bool = setting(True, "after the warm-up the learning rate falls linearly, to 0 at the end of the run")
     weight_decay: float = setting(0.0, "of AdamW")
@@ -80,12 +80,12 @@ class Config:
     normalize_std: bool = setting(True, "divide the advantages by the group's standard deviation (Eq. 7)")
     tis_cap: float = setting(0.0, "cap of the importance weights trainer / sampler; 0: no such weights")
     skip_zero_variance: bool = setting(False, "leave out groups whose rewards are all equal: less work, no KL pull")
-    micro_batch_tokens: int = setting(16384, "tokens of one forward and backward pass, padding included")
+    micro_batch_tokens: int = setting(2048, "tokens of one forward and backward pass, padding included")
     # what you see
-    eval_every: int = setting(10, "steps between evaluations on the dev questions")
-    dev_questions: int = setting(0, "questions of an evaluation on dev; 0: the whole split")
+    eval_every: int = setting(12, "steps between evaluations on the dev questions")
+    dev_questions: int = setting(100, "questions of an evaluation on dev; 0: the whole split")
     test_questions: int = setting(0, "questions of the test before and after; 0: the whole split")
-    save_every: int = setting(10, "steps between checkpoints")
+    save_every: int = setting(12, "steps between checkpoints")
     print_every: int = setting(20, "steps between printed trajectories; 0: none")
 
 

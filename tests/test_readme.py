@@ -24,11 +24,11 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip()
 ]
-TINY_RUN = "--steps 1 --questions_per_step 2 --group_size 2 --dev_questions 2 --test_questions 2"
+TINY_RUN = "--steps 1 --questions_per_step 2 --group_size 2 --dev_questions 2 --test_questions 2 --max_turns 2"
 SMALLER = {  # the same command on less work
     "train.py": TINY_RUN,
     "eval.py": "--questions 2 --output ''",
-    "bench.py": "--in_flight 8 --alone 1 --repeats 1 --output ''",
+    "bench.py": "--in_flight 8 --alone 1 --repeats 1 --max_turns 2 --output ''",
 }
 RUN_ELSEWHERE = {
     "make train",

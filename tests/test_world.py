@@ -1,5 +1,6 @@
 """The bundled world: seeded and pure, every question answerable by its ideal plan, no test fact in pretraining."""
 
+import asyncio
 import random
 from collections import Counter
 from itertools import islice
@@ -9,6 +10,7 @@ import pytest
 from tasks import load_corpus
 from tinyworld.pretrain import TEST_WORLD, row_stream, transcript
 from tinyworld.world import FAMILIES, KINDS, NAMES, SPLITS, World, ideal_plan, relations_of
+from tools import Sandbox, extract_code
 
 MAX_TURNS = 4  # the default turn budget
 
@@ -48,12 +50,18 @@ def test_splits(world):
 @pytest.mark.parametrize("split", SPLITS)
 def test_ideal_plan_answers_every_question(world, split):
     """The ideal plan through the real loop and tools, within the turn budget, in every family."""
-    corpus = load_corpus()
+    corpus, programs, printed = load_corpus(), [], []
     for question in world.questions(split):
         assert 1 <= len(ideal_plan(question)) <= MAX_TURNS
-        _, trajectory = transcript(question, world, corpus, random.Random(0), skill=1.0)
+        teacher, trajectory = transcript(question, world, corpus, random.Random(0), skill=1.0)
         assert trajectory.answer == question.answer, trajectory
         assert len(trajectory.turns) == len(ideal_plan(question))
+        programs += [extract_code(completion) for role, _, completion in teacher.rows if role == "coder"]
+        printed += [step.result for step in trajectory.memory.steps if step.tool == "Python_Coder"]
+    # The teacher's sandbox is quick and knows one term. The real one prints the same; thousands of its processes would
+    # take minutes, so the programs run in one, one after the other.
+    real = asyncio.run(Sandbox(output_chars=100_000).run("\n".join(programs)))
+    assert len(programs) >= len(world.questions(split)) // 2 - 2 and real.splitlines() == printed
 
 
 def test_facts_never_reach_a_prompt(world):

@@ -61,7 +61,7 @@ TOOL_HABITS = {  # what a clumsy planner reaches for, by kind of goal
     "compute from results": {"Base_Generator": 0.51, "Search": 0.05, "Python_Coder": 0.42, NO_TOOL: 0.02},
 }
 STICKY = 0.7  # chance to use the tool of the last step again, when it suits the habit
-INSIGHT = {"lookup": 0.2, "two-hop": 0.4, "three-hop": 0.65, "difference": 0.85, "earlier": 0.85, "arithmetic": 0.6}
+INSIGHT = {"lookup": 0.2, "two-hop": 0.4, "three-hop": 0.65, "difference": 0.85, "earlier": 0.85, "arithmetic": 0.5}
 # chance that a clumsy goal is the right one, else it is picked at random from what is in view: higher where a random
 # plan would never succeed, since a family in which no rollout succeeds gives Flow-GRPO nothing to compare
 
@@ -289,7 +289,7 @@ class Stage:
     prompt_weight: float = 0.0  # of the loss on the prompts' own tokens, where copying is learned first
 
 
-STAGES = (Stage(steps=550, lr_share=1.0, prompt_weight=0.3), Stage(steps=650, lr_share=0.7))
+STAGES = (Stage(steps=550, lr_share=1.0, prompt_weight=0.3), Stage(steps=1000, lr_share=0.7))
 
 
 def row_stream(seed: int) -> Iterator[tuple[str, str, str]]:
