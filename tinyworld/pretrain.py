@@ -1,6 +1,6 @@
 """Train the bundled backbone from scratch: a tiny Qwen2 that speaks the language of the agent, in other worlds.
 
-    python -m tinyworld.pretrain                 # writes tinyworld/backbone/, about 10 minutes on 2 CPU cores
+    python -m tinyworld.pretrain                 # writes tinyworld/backbone/, 20 minutes on a CPU core
     python -m tinyworld.pretrain --check         # measures the backbone that is there, on the test split
 
 A `Teacher` that knows the facts plays all modules through the real `agent.solve()`, so the prompts are the agent's own,
