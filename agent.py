@@ -319,7 +319,7 @@ class AgentSystem:
 
         `seed` is a key such as (run seed, step); question, sample, turn and role are added to it for each request.
         """
-        lockstep = Lockstep()
+        lockstep = Lockstep(first=self.frozen)  # then all come to the planner together
 
         async def one(p: int, g: int) -> Trajectory:
             order, turn = p * group_size + g, 0

@@ -12,7 +12,7 @@ sampled ids stay ids all the way into the loss.
 
 import asyncio
 import hashlib
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,16 @@ class TransformersEngine:
     """Batched sampling with a KV cache. Holds its own copy of the weights, so a frozen module stays frozen."""
 
     def __init__(
-        self, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, batch_tokens: int = 8192
+        self,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        prefill_tokens: int = 2048,
+        cache_tokens: int = 65536,
     ):
         self.model, self.tokenizer = load_model(path, device, dtype)
-        self.batch_tokens = batch_tokens  # prompt tokens of one forward pass, padding included
+        self.prefill_tokens = prefill_tokens  # of one pass over prompts, padding included
+        self.cache_tokens = cache_tokens  # in the KV cache of requests that run together, padding included
         self.tokens_generated = 0
         eos = self.model.generation_config.eos_token_id
         eos = [eos] if isinstance(eos, int) else list(eos or [])
@@ -110,30 +116,23 @@ class TransformersEngine:
         """Run everything that is pending. Greedy requests with the same prompt are computed once."""
         keys = [(r.prompt_ids, r.max_tokens) if r.temperature == 0 else i for i, r in enumerate(requests)]
         unique = list({key: request for key, request in zip(keys, requests)}.items())
-        unique.sort(key=lambda item: len(item[1].prompt_ids))  # neighbours of one length: little padding
-        completions, start = {}, 0
-        while start < len(unique):
-            stop = start + 1
-            while stop < len(unique) and len(unique[stop][1].prompt_ids) * (stop + 1 - start) <= self.batch_tokens:
-                stop += 1
-            batch = unique[start:stop]
-            for (key, _), completion in zip(batch, self._generate([request for _, request in batch])):
-                completions[key] = completion
-            start = stop
+        unique.sort(key=lambda item: len(item[1].prompt_ids) + item[1].max_tokens)  # neighbours are of similar length
+        completions = {}
+        for rows in runs([len(request.prompt_ids) + request.max_tokens for _, request in unique], self.cache_tokens):
+            batch_keys, batch = zip(*unique[rows])
+            completions |= zip(batch_keys, self._generate(batch))
         return [completions[key] for key in keys]
 
     @torch.inference_mode()
-    def _generate(self, requests: list[Request]) -> list[Completion]:
-        """One padded batch. Prompts are padded on the RIGHT: under a causal mask no token sees a pad, so the prompt
-        pass needs no mask; later tokens are appended after the gap, which the mask then hides, at their true positions.
+    def _generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Requests that run together, a token each at a time. Prompts of different length leave gaps in the cache: new
+        tokens are appended behind the longest prompt, at their true positions, and the mask hides the gaps.
         """
         device = self.model.device
         lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)  # (B,)
         width, max_tokens = int(lengths.max()), max(r.max_tokens for r in requests)
-        pad = [0] * width
-        prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.prompt_ids for r in requests))}
+        prompts = {prompt: i for i, prompt in enumerate(sorted(dict.fromkeys(r.prompt_ids for r in requests), key=len))}
         of_row = torch.tensor([prompts[r.prompt_ids] for r in requests], device=device)  # (B,)
-        ids = torch.tensor([[*prompt, *pad][:width] for prompt in prompts], device=device)  # (U, S), distinct prompts
         uniforms = self._uniforms(requests, max_tokens)  # (B, max_tokens)
         temperatures = torch.tensor([r.temperature for r in requests], device=device)  # (B,)
         limits = torch.tensor([r.max_tokens for r in requests], device=device)
@@ -144,25 +143,26 @@ class TransformersEngine:
         counts = limits.clone()  # completion tokens of each row; lowered when EOS comes before the limit
         stopped = torch.zeros(len(requests), dtype=torch.bool, device=device)
 
-        cache = DynamicCache(config=self.model.config)
+        hidden, cache = self._read(list(prompts))
+        hidden = hidden[of_row]  # (B, H)
+        rows = torch.arange(len(requests), device=device)  # in the batch ...
+        if not torch.equal(of_row, rows):
+            cache.batch_select_indices(of_row)  # samples of one prompt share its pass, then go their own ways
         mask = torch.arange(width, device=device) < lengths[:, None]  # (B, S): real tokens
-        rows = torch.arange(len(requests), device=device)  # rows still running
-        hidden = self.model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state  # (U, S, H)
-        hidden = hidden[of_row, lengths - 1]  # (B, H): only the last real position needs logits
-        cache.batch_select_indices(of_row)  # samples of one prompt share its pass, then go their own ways
+        running = torch.ones(len(requests), dtype=torch.bool, device=device)  # ... and not finished
         for t in range(max_tokens):
-            logits = self.model.lm_head(hidden).float()  # (R, V), R rows running
+            logits = self.model.lm_head(hidden).float()  # (R, V), R rows in the batch
             tokens, token_logprobs = sample(logits, temperatures[rows], uniforms[rows, t])
             sampled[rows, t], logprobs[rows, t] = tokens, token_logprobs
-            at_eos = torch.isin(tokens, eos)
+            at_eos = running & torch.isin(tokens, eos)
             counts[rows[at_eos]] = t + 1
             stopped[rows[at_eos]] = True
-            running = ~at_eos & (limits[rows] > t + 1)
+            running &= ~at_eos & (limits[rows] > t + 1)
             if not running.any():
                 break
-            if not running.all():  # finished rows leave the batch
+            if running.sum() < 0.8 * len(rows):  # finished rows leave the batch, some at once: it copies the cache
                 keep = running.nonzero()[:, 0]
-                rows, mask, tokens = rows[keep], mask[keep], tokens[keep]
+                rows, mask, tokens, running = rows[keep], mask[keep], tokens[keep], running[keep]
                 cache.batch_select_indices(keep)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             hidden = self.model.model(
@@ -174,7 +174,29 @@ class TransformersEngine:
             ).last_hidden_state[:, 0]
         return self._completions(requests, sampled.tolist(), logprobs.tolist(), counts.tolist(), stopped.tolist())
 
-    def _uniforms(self, requests: list[Request], max_tokens: int) -> torch.Tensor:
+    def _read(self, prompts: list[tuple[int, ...]]) -> tuple[torch.Tensor, DynamicCache]:
+        """Prompts, the shortest first -> the hidden state at the last token of each (U, H), and their cache.
+
+        In passes over prompts of similar length, so that little is padding. Padded on the RIGHT: under a causal mask no
+        token sees a pad, so there is no mask here.
+        """
+        device, width = self.model.device, len(prompts[-1])
+        states, caches = [], []
+        for rows in runs([len(prompt) for prompt in prompts], self.prefill_tokens):
+            longest = len(prompts[rows][-1])
+            ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts[rows]], device=device)  # (R, S)
+            last = torch.tensor([len(p) - 1 for p in prompts[rows]], device=device)
+            cache = DynamicCache(config=self.model.config)
+            hidden = self.model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+            states.append(hidden[torch.arange(len(ids), device=device), last])  # no other position needs logits
+            room = (0, 0, 0, width - longest)
+            caches.append([[torch.nn.functional.pad(x, room) for x in (y.keys, y.values)] for y in cache.layers])
+        layers = [
+            [torch.cat(parts) for parts in zip(*of_layer)] for of_layer in zip(*caches)
+        ]  # keys and values of each
+        return torch.cat(states), DynamicCache(layers, config=self.model.config)
+
+    def _uniforms(self, requests: Sequence[Request], max_tokens: int) -> torch.Tensor:
         """(B, max_tokens) numbers in [0, 1), each row from its request's own seed: the batch around it has no say."""
         generator, uniforms = torch.Generator(), torch.zeros(len(requests), max_tokens)
         for row, request in zip(uniforms, requests):
@@ -194,6 +216,15 @@ class TransformersEngine:
         return completions
 
 
+def runs(lengths: list[int], max_tokens: int) -> Iterator[slice]:
+    """Cut rows, the shortest first, into slices with rows * longest <= max_tokens, or of one row that is longer."""
+    start = 0
+    for i in range(1, len(lengths) + 1):
+        if i == len(lengths) or lengths[i] * (i + 1 - start) > max_tokens:
+            yield slice(start, i)
+            start = i
+
+
 def sample(
     logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,11 +242,12 @@ def sample(
 
 class Lockstep:
     """Runs many trajectories and batches their requests in a way that repeats: it waits until every live trajectory
-    waits for text (tools in flight included), then runs all requests, in the order of the trajectories.
+    waits for text (tools in flight included), then runs requests, in the order of the trajectories. As long as one
+    waits for the `first` engine, the others wait on: so the prompts for the other engines come together.
     """
 
-    def __init__(self) -> None:
-        self.live = 0
+    def __init__(self, first: Any = None) -> None:
+        self.first, self.live = first, 0
         self.waiting: list[tuple[int, Any, Request, asyncio.Future]] = []
 
     async def generate(self, engine: Any, request: Request, order: int) -> Completion:
@@ -246,7 +278,10 @@ class Lockstep:
     def _run_if_all_wait(self) -> None:
         if len(self.waiting) < self.live or not self.waiting:
             return
-        batch, self.waiting = sorted(self.waiting, key=lambda item: item[0]), []
+        batch = sorted(self.waiting, key=lambda item: item[0])
+        if any(engine is self.first for _, engine, *_ in batch):
+            batch = [item for item in batch if item[1] is self.first]
+        self.waiting = [item for item in self.waiting if item[1] not in {engine for _, engine, *_ in batch}]
         for engine in dict.fromkeys(item[1] for item in batch):
             mine = [item for item in batch if item[1] is engine]
             try:
@@ -254,7 +289,7 @@ class Lockstep:
             except Exception as error:  # everyone who waits must hear of it, or the run would hang
                 failure = EngineError(f"the engine failed: {type(error).__name__}: {error}")
                 failure.__cause__ = error
-                for *_, future in batch:
+                for *_, future in batch + self.waiting:
                     future.done() or future.set_exception(failure)
                 return
             for (*_, future), completion in zip(mine, completions):
