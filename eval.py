@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from agent import AgentSystem, Trajectory
-from judge import rule_judge
+from judge import RULES
 from llm import TransformersEngine, UserError, best_device
 from tasks import Example, load_corpus, load_examples
 from tools import TOOLS, Sandbox
@@ -71,7 +71,8 @@ def evaluate(
         questions = [example.question for example in examples]
         groups = system.rollout(questions, 1, temperature, seed, on_done=bar.update, keep_crashed=True)
     trajectories = [group[0] for group in groups]
-    rewards = [0.0 if t.crash else rule_judge(e.question, e.answer, t.answer) for e, t in zip(examples, trajectories)]
+    pairs = list(zip(examples, trajectories))
+    rewards = [0.0 if t.crash else RULES[e.kind](e.question, e.answer, t.answer) for e, t in pairs]
     by_family = {}
     for family in sorted({example.family for example in examples}):
         hits = [reward for reward, example in zip(rewards, examples) if example.family == family]

@@ -1,7 +1,12 @@
 """Was the answer right? The reward of a trajectory, by rules.
 
-A reward is any function `(question, answer, prediction) -> float`. `train.py` imports the one it wants, so another
-reward is another function; a language model that judges free text would stand beside `rule_judge` here.
+A reward is any function `(question, answer, prediction) -> float`. `RULES`, at the end, has one for each kind of
+question (`Example.kind`), so another reward is another function; a language model as judge would stand beside them.
+
+    text     rule_judge    the whole text or number, as below
+    math     math_judge    the same, else equal as mathematics: math-verify, in a process that is killed when it is slow
+    choice   choice_judge  the letter of the right choice, its content, or both
+    game24   game24_judge  any expression over the given numbers, each once, that is 24
 
 `rule_judge` returns 1.0 or 0.0. It compares the *whole* prediction with each accepted answer and never looks for
 one inside the other. So several candidates ("Paris or London", "1; 2; 3"), a sentence that contains the answer, an
@@ -24,8 +29,14 @@ It does not read number words (five, million), convert units, do algebra, know s
 A wrong *prediction* earns 0; a wrong *call* (no accepted answer, a value of the wrong type) raises.
 """
 
+import ast
+import json
 import re
+import select
+import subprocess
+import sys
 import unicodedata
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -36,7 +47,7 @@ WRAPPERS += [("\\(", "\\)"), ("\\[", "\\]"), ("\\boxed{", "}"), ("\\text{", "}")
 LEAD_IN = re.compile(
     r"""(?: \** (?:(?:so|thus|hence|therefore),?\ )? (?:(?:the|my)\ )? (?:(?:final|correct)\ )?
     answer (?:\ is\b:?|\ ?[:=]) (?:\*\*)? \ ? )+""",
-    re.VERBOSE,
+    re.VERBOSE | re.IGNORECASE,
 )
 UNIT_WORDS = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "%": "percent", "°": "degree"}
 NUMBER = re.compile(
@@ -69,9 +80,9 @@ def fold(text: str) -> str:
     return " ".join(re.sub(r"\\([$%])", r"\1", text).split())
 
 
-def unwrap(text: str) -> str:
+def unwrap(text: str, spelling: Callable[[str], str] = fold) -> str:
     """The folded text without what models put around an answer: a lead-in, emphasis, quotes, a full stop."""
-    text, before = fold(text), None
+    text, before = spelling(text), None
     while text != before:
         before = text
         text = re.sub(r"(?<!\.)\.$", "", text)  # one full stop only: 0.333... is not 0.333
@@ -146,3 +157,139 @@ def rule_judge(question: str, answer: str | list[str], prediction: str | None) -
     if not isinstance(prediction, str | None):
         raise TypeError(f"prediction must be a str or None, not {type(prediction).__name__}")
     return float(prediction is not None and any(same_answer(question, item, prediction) for item in accepted))
+
+
+# --- multiple choice --------------------------------------------------------------------------------------------------
+
+
+def choice_judge(question: str, answer: list[str], prediction: str | None) -> float:
+    """1.0 for the letter of the right choice, its content, or both: B, (b), "B) Paris", Paris. `answer` is
+    [letter, content]."""
+    letter, content = answer
+    named = re.fullmatch(r"(?:(?:option|choice) )?\(?([a-z])(?:[).:]+ ?(.*))?", unwrap(prediction or ""))
+    if named and named[1] == letter.lower():
+        return float(not named[2] or same_answer(question, content, named[2]))
+    return rule_judge(question, content, prediction)
+
+
+# --- the game of 24 ---------------------------------------------------------------------------------------------------
+
+
+def game24_judge(question: str, answer: str | list[str], prediction: str | None) -> float:
+    """1.0 for any expression with the numbers of an accepted one, each once, whose value is 24, listed or not."""
+    numbers = game24_numbers(answer if isinstance(answer, str) else answer[0])
+    try:
+        value, used = evaluate_expression(prediction or "")
+    except (ValueError, ZeroDivisionError):
+        return 0.0
+    return float(value == 24 and sorted(used) == sorted(numbers))
+
+
+def game24_numbers(expression: str) -> list[str]:
+    return re.findall(r"\d+", expression)
+
+
+def evaluate_expression(text: str) -> tuple[Fraction, list[str]]:
+    """Exact value and numbers of + - * / ( ) over integers, read with `ast` and never executed; else `ValueError`."""
+    text = re.sub(r"\\times|\\cdot|×|·", "*", unwrap(text).translate(str.maketrans("{}[]", "()()")))
+    text = re.sub(r"\s*=\s*24$", "", re.sub(r"\\div|÷", "/", text))
+    used = []
+
+    def value(node: ast.AST) -> Fraction:
+        match node:
+            case ast.Constant(value=int(number)) if type(number) is int:
+                used.append(str(number))
+                return Fraction(number)
+            case ast.BinOp(left, ast.Add(), right):
+                return value(left) + value(right)
+            case ast.BinOp(left, ast.Sub(), right):
+                return value(left) - value(right)
+            case ast.BinOp(left, ast.Mult(), right):
+                return value(left) * value(right)
+            case ast.BinOp(left, ast.Div(), right):
+                return value(left) / value(right)
+        raise ValueError("only + - * / and integers")
+
+    if len(text) > 100:
+        raise ValueError("too long")
+    try:
+        return value(ast.parse(text, mode="eval").body), used
+    except (SyntaxError, RecursionError, MemoryError):
+        raise ValueError("not an expression") from None
+
+
+# --- mathematics ------------------------------------------------------------------------------------------------------
+
+
+class MathWorker:
+    """`math-verify` in a process of its own. SymPy evaluates what it reads and may simplify for hours, so the process
+    gets none of our environment, a limit on its memory, and is killed when a verdict takes longer than `limit_s`."""
+
+    def __init__(self, limit_s: float = 5.0):
+        self.limit_s, self.process = limit_s, None
+
+    def same(self, accepted: str, prediction: str) -> bool:
+        """Are two mathematical expressions equal? What cannot be read, or not in time, is not."""
+        if self.process is None:
+            self._start()
+        self.process.stdin.write(json.dumps([accepted, prediction]).encode() + b"\n")
+        self.process.stdin.flush()
+        verdict = self._read_line(self.limit_s)
+        if verdict is None:  # too slow, or it ran out of memory
+            self.close()
+        return verdict == b"1"
+
+    def _start(self) -> None:
+        command = [sys.executable, "-I", __file__, "--math-worker"]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, **pipes, env={}, cwd="/")
+        if self._read_line(60.0) != b"ready":
+            self.close()
+            raise RuntimeError("the mathematics judge does not start: pip install math-verify")
+
+    def _read_line(self, limit_s: float) -> bytes | None:
+        ready = select.select([self.process.stdout], [], [], limit_s)[0]
+        return (self.process.stdout.readline().strip() or None) if ready else None
+
+    def close(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+def serve_math() -> None:
+    """The worker's side: a JSON pair [accepted, prediction] a line in, 1 or 0 a line out."""
+    import logging
+    import resource
+
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    logging.disable()  # of texts it cannot read
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    latex = [LatexExtractionConfig()]  # not its plain expressions: SymPy reads those with eval()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        gold, target = (parse(f"${text}$", latex, "no_fallback", parsing_timeout=None) for text in json.loads(line))
+        print(int(bool(gold and target) and verify(gold, target, timeout_seconds=None)), flush=True)
+
+
+MATH = MathWorker()
+
+
+def math_judge(question: str, answer: str | list[str], prediction: str | None) -> float:
+    """1.0 if the rules or math-verify find the prediction equal to an accepted answer: 1/2 = \\frac{1}{2} = 2^{-1}."""
+    if rule_judge(question, answer, prediction) or not prediction or len(prediction) > 300:
+        return rule_judge(question, answer, prediction)
+    text = unwrap(prediction, str.strip)
+    if re.search(r"\b(?:or|and)\b|[;?]", text):  # candidates to choose from are no answer
+        return 0.0
+    accepted = [unwrap(item, str.strip) for item in ([answer] if isinstance(answer, str) else answer)]
+    # math-verify takes 12 % for 12 and for 0.12; the rules have said already when a percent sign may be left out.
+    return float(any(("%" in item) == ("%" in text) and MATH.same(item, text) for item in accepted))
+
+
+RULES = {"text": rule_judge, "math": math_judge, "choice": choice_judge, "game24": game24_judge}
+
+if __name__ == "__main__" and sys.argv[1:] == ["--math-worker"]:
+    serve_math()

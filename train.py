@@ -42,7 +42,7 @@ from flow_grpo import (
     token_logprobs,
     token_weights,
 )
-from judge import rule_judge
+from judge import RULES
 from llm import TransformersEngine, UserError, best_device, load_model
 from tasks import Example, load_corpus, load_examples
 from tools import Sandbox
@@ -147,7 +147,7 @@ def main(config: Config) -> None:
         # --- score: one outcome reward for each trajectory
         for example, group in zip(questions, groups):
             for trajectory in group:
-                trajectory.reward = rule_judge(example.question, example.answer, trajectory.answer)
+                trajectory.reward = RULES[example.kind](example.question, example.answer, trajectory.answer)
         rewards = torch.tensor([[trajectory.reward for trajectory in group] for group in groups])  # (P, G)
 
         # --- advantages: normalised within the group (Eq. 7), broadcast to every turn (Eq. 4)

@@ -1,10 +1,23 @@
 """The rule judge: a table of pairs, wrong calls, and what must hold for any text. `pytest tests/test_judge.py`"""
 
+import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
-from judge import Number, normalize, parse_number, rule_judge
+import judge
+from judge import (
+    MATH,
+    MathWorker,
+    Number,
+    choice_judge,
+    game24_judge,
+    math_judge,
+    normalize,
+    parse_number,
+    rule_judge,
+)
 
 CAPITAL = "What is the capital of France?"
 HOW_FAR = "How far is Tolvan from Merrit?"
@@ -350,3 +363,121 @@ def test_parse_number():
     assert parse_number("1e-3") == Number(Fraction(1, 1000), "")
     for text in ["", "Paris", "about 12", "1/0", "1/2/2020", "10:30", "1.2.3", "5-7", "1,2", "--5"]:
         assert parse_number(text) is None
+
+
+# --- mathematics ------------------------------------------------------------------------------------------------------
+
+MATH_RIGHT = [
+    (r"\frac{1}{2}", "1/2"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"\frac{1}{2}", r"2^{-1}"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
+    (r"\sqrt{8}", r"2\sqrt{2}"),
+    (r"\sqrt{8}", r"$2 \sqrt 2$"),
+    (r"2\pi", r"\boxed{2\pi}"),
+    (r"\frac{\pi}{4}", r"\pi/4"),
+    ("x^2-1", "(x-1)(x+1)"),
+    ("(x+1)^2", "x^2+2x+1"),
+    ("2n+1", "1 + 2n"),
+    ("x=5", "5"),
+    ("5", "x=5"),
+    ("10", "10^1"),
+    ("1", "2-1"),
+    ("-2", "-4/2"),
+    ("(1,2)", r"\left(1, 2\right)"),
+    ("[0,1)", r"\left[0,1\right)"),
+    (r"\{1,2\}", r"\{2,1\}"),
+    (r"\sin^2 x", r"1-\cos^2 x"),
+    (r"\log_2 8", "3"),
+    pytest.param(r"e^2", r"\mathrm{e}^2", marks=pytest.mark.xfail(reason="math-verify reads a symbol", strict=True)),
+    (r"\binom{5}{2}", "10"),
+    ("12", "$12$"),
+    ("12", r"The answer is $\boxed{12}$."),
+]
+MATH_WRONG = [
+    ("33", "33 or 34"),
+    ("33", "33, 34"),
+    ("33", r"\{33, 34\}"),
+    ("33", "33; 34"),
+    ("33", r"$33$ and $34$"),
+    ("33", "33?"),
+    ("33", ""),
+    ("33", None),
+    ("33", "unknown"),
+    ("33", "3^3"),
+    ("33", r"\boxed{33} \boxed{34}"),
+    ("12", r"12\%"),
+    ("0.12", r"12\%"),
+    ("12", "-12"),
+    (r"\frac{1}{2}", r"\frac{1}{3}"),
+    (r"\frac{1}{3}", "0.333"),
+    ("[0,1)", "[0,1]"),
+    ("(1,2)", "(2,1)"),
+    ("x^2-1", "x^2+1"),
+    (r"\pi", "3.14"),
+    ("5", "__import__('os').getpid()"),
+    ("5", "5" * 400),
+]
+
+
+@pytest.mark.parametrize("accepted, prediction", MATH_RIGHT)
+def test_math_right(accepted, prediction):
+    assert math_judge("Find it.", accepted, prediction) == 1.0
+
+
+@pytest.mark.parametrize("accepted, prediction", MATH_WRONG)
+def test_math_wrong(accepted, prediction):
+    assert math_judge("Find it.", accepted, prediction) == 0.0
+
+
+def test_a_runaway_simplification_is_killed_and_the_next_verdict_comes(monkeypatch):
+    worker = MathWorker(limit_s=1.0)
+    monkeypatch.setattr(judge, "MATH", worker)
+    assert worker.same("2", "1+1")  # it runs: importing SymPy is not on the clock
+    process, start = worker.process, time.monotonic()
+    assert math_judge("Find it.", "5", "9^{9^{9^9}}") == 0.0
+    assert time.monotonic() - start < 2.0 and process.poll() is not None
+    assert math_judge("Find it.", "5", "2^2+1") == 1.0
+    worker.close()
+
+
+def test_the_worker_has_none_of_our_environment(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    worker = MathWorker()
+    assert worker.same("2", "1+1")
+    assert b"secret" not in Path(f"/proc/{worker.process.pid}/environ").read_bytes()
+    worker.close()
+
+
+def test_a_thousand_verdicts_are_quick():
+    pairs = [(f"{n}/7 + \\sqrt{{{n}}}", f"\\sqrt{{{n}}} + \\frac{{{n}}}{{7}}") for n in range(2, 1002)]
+    assert MATH.same("2", "1+1")
+    start = time.monotonic()
+    assert all(math_judge("Find it.", *pair) == 1.0 for pair in pairs)
+    assert time.monotonic() - start < 20
+
+
+# --- multiple choice and the game of 24 -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prediction, reward",
+    [(text, 1.0) for text in ("B", "b", "(b)", "B.", "B)", "B) Paris", "B: Paris", "Paris", "paris.", "Option B")]
+    + [(text, 1.0) for text in ("The answer is B.", "**B**", "\\boxed{B}", "Answer: (B) Paris", "choice b")]
+    + [(text, 0.0) for text in ("A", "A) Paris", "B) London", "B or C", "A, B", "A B", "AB", "", None, "unknown")]
+    + [(text, 0.0) for text in ("B and not A", "Paris or London", "All of them", "not B", "B C D", "(A) (B)")],
+)
+def test_choice(prediction, reward):
+    assert choice_judge("Which? A) London B) Paris", ["B", "Paris"], prediction) == reward
+
+
+@pytest.mark.parametrize(
+    "prediction, reward",
+    [(text, 1.0) for text in ("(10-4)*4*1", "4*(10-4)*1", "(10 - 4) × 4 ÷ 1 = 24", "$(10-4) \\times 4 / 1$")]
+    + [(text, 1.0) for text in ("(10-4)*4/1", "[10-4]*4*1", "**(10-4)*4*1**", "\\boxed{(10-4) \\cdot 4 \\cdot 1}")]
+    + [(text, 0.0) for text in ("24", "24*1", "4*4+10-1-1", "(10-4)*4", "6*4*1", "(10-4)*4*1*1", "104-4*1", "")]
+    + [(text, 0.0) for text in ("10-4*4*1", "(10-4)*4*1 or 24", "(10-4)**4", "10/(4-4)", "((((", "4!", None)]
+    + [(text, 0.0) for text in ("print(24)", "__import__('os')", "(" * 99 + "1", "10-4*4*1=24", "(True+9)*4")],
+)
+def test_game24(prediction, reward):
+    assert game24_judge("Use 1, 4, 4, 10.", ["(10-4)*4*1"], prediction) == reward

@@ -84,7 +84,7 @@ def test_names_and_files_exist():
 def test_sizes():
     """The core stays small enough to read in an hour."""
     core = ("agent", "tools", "judge", "flow_grpo", "llm", "tasks", "train", "eval")
-    assert sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in core) <= 2200
+    assert sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in core) <= 2600
     backbone = ROOT / "tinyworld" / "backbone"
     assert sum(file.stat().st_size for file in backbone.iterdir()) <= 6e6
 
