@@ -34,14 +34,14 @@ def spread(examples, count):
 
 def test_the_frozen_modules_are_not_the_ceiling(engine):
     """With ideal plans they answer nearly everything (the README has the figure on the whole test split)."""
-    examples = spread(load_examples("tinyworld", "test"), 120)
+    examples = spread(load_examples("tinyworld", "test"), 72)
     planner = IdealPlanner(World(0).questions("test"), World(0))
     result = evaluate(AgentSystem(planner, engine, load_corpus(), Sandbox()), examples, 0.0, ("test",))
     assert result["accuracy"] >= 0.95 and result["tool_error_rate"] <= 0.02
 
 
 def test_the_untrained_planner_is_well_formed_and_clumsy(engine):
-    examples = spread(load_examples("tinyworld", "test"), 120)
+    examples = spread(load_examples("tinyworld", "test"), 72)
     system = AgentSystem(engine, engine, load_corpus(), Sandbox())
     sampled, greedy = evaluate(system, examples, 1.0, ("test",)), evaluate(system, examples, 0.0, ("test",))
     assert 0.02 <= sampled["accuracy"] <= 0.33 and greedy["accuracy"] <= sampled["accuracy"]

@@ -449,12 +449,13 @@ def test_the_worker_has_none_of_our_environment(monkeypatch):
     worker.close()
 
 
-def test_a_thousand_verdicts_are_quick():
-    pairs = [(f"{n}/7 + \\sqrt{{{n}}}", f"\\sqrt{{{n}}} + \\frac{{{n}}}{{7}}") for n in range(2, 1002)]
+def test_verdicts_are_quick():
+    """At least 50 a second, each of a pair that has to be parsed and simplified."""
+    pairs = [(f"{n}/7 + \\sqrt{{{n}}}", f"\\sqrt{{{n}}} + \\frac{{{n}}}{{7}}") for n in range(2, 202)]
     assert MATH.same("2", "1+1")
     start = time.monotonic()
     assert all(math_judge("Find it.", *pair) == 1.0 for pair in pairs)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 4
 
 
 # --- multiple choice and the game of 24 -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import HfArgumentParser
 
 import train
 from agent import Memory, Step, Trajectory
@@ -213,17 +215,9 @@ def test_bad_flags(tmp_path, changes, said):
 
 
 def test_bad_input_on_the_command_line(tmp_path):
-    for arguments, said in (
-        (["--no_such_flag", "1"], "no_such_flag"),
-        (["--group_size", "1"], "at least 2 trajectories"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "train.py", "--run_dir", str(tmp_path / "run"), *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    arguments = [sys.executable, "train.py", "--run_dir", str(tmp_path / "run"), "--no_such_flag", "1"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("train.py: unknown: --no_such_flag")
     assert not (tmp_path / "run").exists()
 
 
@@ -291,10 +285,10 @@ def test_a_full_disk(tmp_path):
 
 
 def test_help_lists_every_flag_with_its_default():
-    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0
+    help_text = " ".join(HfArgumentParser(Config).format_help().split())  # `train.py --help` is run by test_readme.py
     for name, value in asdict(Config()).items():
-        assert f"--{name}" in done.stdout and ("default: " in done.stdout) and str(value) in done.stdout
+        entry = re.search(rf" --{name} .*?\(default: (.*?)\)", help_text)
+        assert entry and entry[1] == str(value).strip() and len(entry[0]) > len(name) + 30, name
 
 
 def test_a_disk_that_fills_up_while_saving(tmp_path):
