@@ -191,9 +191,7 @@ class TransformersEngine:
             states.append(hidden[torch.arange(len(ids), device=device), last])  # no other position needs logits
             room = (0, 0, 0, width - longest)
             caches.append([[torch.nn.functional.pad(x, room) for x in (y.keys, y.values)] for y in cache.layers])
-        layers = [
-            [torch.cat(parts) for parts in zip(*of_layer)] for of_layer in zip(*caches)
-        ]  # keys and values of each
+        layers = [[torch.cat(parts) for parts in zip(*of_layer)] for of_layer in zip(*caches)]  # keys, values
         return torch.cat(states), DynamicCache(layers, config=self.model.config)
 
     def _uniforms(self, requests: Sequence[Request], max_tokens: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer
 
 import llm
 from flow_grpo import token_logprobs
-from llm import EngineError, Lockstep, Request, TransformersEngine, UserError, derive_seed, load_model, sample
+from llm import EngineError, Lockstep, Request, TransformersEngine, UserError, derive_seed, load_model, runs, sample
 from tinyworld import pretrain
 from tinyworld.pretrain import ASSISTANT, BACKBONE, EOS, USER
 
@@ -96,6 +97,26 @@ def test_the_batch_around_a_request_has_no_say(engine, rows):
         assert alone.logprobs == pytest.approx(together[i].logprobs, abs=1e-4)
 
 
+def test_limits_and_sizes_of_passes_change_nothing(engine, rows):
+    """Requests of one batch may stop at different lengths; small passes and a small cache only split the work."""
+    requests = [replace(r, max_tokens=3 + 7 * i % 40) for i, r in enumerate(requests_of(engine, rows))]
+    small = TransformersEngine(BACKBONE, prefill_tokens=100, cache_tokens=400)
+    for request, one, two in zip(requests, engine.generate_batch(requests), small.generate_batch(requests)):
+        assert one.completion_ids == two.completion_ids and one.finish_reason == two.finish_reason
+        assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
+        assert len(one.completion_ids) <= request.max_tokens
+
+
+def test_runs():
+    assert [list(range(9))[rows] for rows in runs([1, 1, 2, 2, 3, 3, 3, 7, 9], 6)] == [
+        [0, 1, 2],
+        [3, 4],
+        [5, 6],
+        [7],
+        [8],
+    ]
+
+
 def test_seeds(engine, rows):
     requests = requests_of(engine, rows)
     first, second = engine.generate_batch(requests), engine.generate_batch(requests)
@@ -176,6 +197,19 @@ def test_lockstep_waits_for_all_and_orders_by_trajectory():
 
     assert asyncio.run(lockstep.gather(trajectory(i) for i in range(6))) == list(range(6))
     assert engine.batches == [[0, 10, 20, 30, 40, 50], [11, 21, 41, 51], [22, 52]]
+
+
+def test_lockstep_brings_requests_for_the_second_engine_together():
+    first, second = CountingEngine(), CountingEngine()
+    lockstep = Lockstep(first=first)
+
+    async def trajectory(order):  # trajectory n asks the first engine n times before it asks the second
+        for turn in range(order):
+            await lockstep.generate(first, Request((1,), 1, 0.0, seed=10 * order + turn), order)
+        await lockstep.generate(second, Request((1,), 1, 0.0, seed=order), order)
+
+    asyncio.run(lockstep.gather(trajectory(i) for i in range(4)))
+    assert first.batches == [[10, 20, 30], [21, 31], [32]] and second.batches == [[0, 1, 2, 3]]
 
 
 def test_a_dead_engine_stops_the_run():
