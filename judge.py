@@ -25,7 +25,7 @@ Both sides are treated alike, so an accepted answer always matches itself, comma
   leave its unit out only where the question asks for that unit ("How many apples ...", "..., in km?", "What percent
   ...?"). A percent is such a unit: 50% is never 0.5, and is 50 only where a percentage is asked for.
 
-It does not read number words (five, million), convert units, do algebra, know synonyms, or tell MW from mW.
+`rule_judge` does not read number words (five, million), convert units, do algebra, know synonyms, or tell MW from mW.
 A wrong *prediction* earns 0; a wrong *call* (no accepted answer, a value of the wrong type) raises.
 """
 
@@ -279,8 +279,9 @@ MATH = MathWorker()
 
 def math_judge(question: str, answer: str | list[str], prediction: str | None) -> float:
     """1.0 if the rules or math-verify find the prediction equal to an accepted answer: 1/2 = \\frac{1}{2} = 2^{-1}."""
-    if rule_judge(question, answer, prediction) or not prediction or len(prediction) > 300:
-        return rule_judge(question, answer, prediction)
+    by_rules = rule_judge(question, answer, prediction)
+    if by_rules or not prediction or len(prediction) > 300:
+        return by_rules
     text = unwrap(prediction, str.strip)
     if re.search(r"\b(?:or|and)\b|[;?]", text):  # candidates to choose from are no answer
         return 0.0

@@ -112,6 +112,8 @@ def read_row(row: Any) -> Example:
     kind = row.get("kind", guess)
     if kind not in RULES:
         raise ValueError(f"the kind must be one of {', '.join(RULES)}, not {kind!r}")
+    if kind == "choice" and not choices:
+        raise ValueError("a question of kind choice needs its options")
     if choices:
         answers = accepted_choice(answers, choices)
         if not all(choice in question for choice in choices):

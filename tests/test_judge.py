@@ -1,4 +1,4 @@
-"""The rule judge: a table of pairs, wrong calls, and what must hold for any text. `pytest tests/test_judge.py`"""
+"""The judges: tables of pairs, wrong calls, and what must hold for any text. `pytest tests/test_judge.py`"""
 
 import time
 from fractions import Fraction

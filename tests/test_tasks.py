@@ -37,6 +37,7 @@ def test_a_folder_of_jsonl(tmp_path):
         '{"question": "q", "answer": null}',
         '{"question": "q", "answer": {"a": 1}}',
         '{"question": "q", "answer": "a", "kind": "song"}',
+        '{"question": "q", "answer": "Paris", "kind": "choice"}',
         '{"question": "q", "answer": "C", "options": ["x", "y"]}',
         '{"question": "q", "answer": "A", "options": ["x"]}',
         '{"question": "q", "answer": "A", "options": ["x", ""]}',
