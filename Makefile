@@ -1,5 +1,7 @@
 PYTHON ?= python3.11
 VENV := .venv
+GPU_VENV := .venv-gpu
+VLLM ?= # another build of vllm than the one from the package index: a wheel's file or URL
 
 train: $(VENV)/installed
 	$(VENV)/bin/python train.py
@@ -8,10 +10,21 @@ test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest
 
+# vLLM, LoRA and 8-bit Adam: an environment of its own beside the small one.
+gpu: $(GPU_VENV)/installed
+
+test-gpu: $(GPU_VENV)/installed
+	$(GPU_VENV)/bin/python -m pytest tests/test_vllm.py
+
 # Made again only when the requirements change.
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.PHONY: train test
+$(GPU_VENV)/installed: requirements.txt requirements-gpu.txt
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-gpu.txt $(VLLM)
+	touch $@
+
+.PHONY: train test gpu test-gpu

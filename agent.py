@@ -327,14 +327,14 @@ class AgentSystem:
             async def planner(prompt: str) -> Completion:
                 nonlocal turn
                 turn += 1
-                ids = tuple(self.planner.encode(prompt))
+                ids = self.planner.encode(prompt)
                 key = derive_seed(*seed, p, g, turn, "planner")
                 return await lockstep.generate(
                     self.planner, Request(ids, self.max_planner_tokens, temperature, key), order
                 )
 
             async def ask(role: str, prompt: str) -> str:
-                request = Request(tuple(self.frozen.encode(prompt)), self.max_frozen_tokens, temperature=0.0)
+                request = Request(self.frozen.encode(prompt), self.max_frozen_tokens, temperature=0.0)
                 return (await lockstep.generate(self.frozen, request, order)).text
 
             try:

@@ -7,18 +7,20 @@ python eval.py --planners tinyworld/backbone runs/tinyworld-seed0 # before and a
 import json
 import math
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from agent import AgentSystem, Trajectory
 from judge import RULES
-from llm import TransformersEngine, UserError, best_device
+from llm import EngineError, UserError, best_device, open_engine
 from tasks import Example, load_corpus, load_examples
 from tools import TOOLS, Sandbox
 
@@ -37,15 +39,27 @@ def run_main(main: Callable[[Any], None], config_class: type) -> None:
         if unknown:
             raise UserError(f"unknown: {' '.join(unknown)}; --help lists every flag")
         main(config)
-    except UserError as error:
+    except (UserError, EngineError, torch.OutOfMemoryError) as error:
+        if isinstance(error, EngineError) and error.__cause__:
+            traceback.print_exception(error.__cause__)  # for whoever has to mend the machine
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"out of GPU memory ({str(error).splitlines()[0]}); --help lists what takes less"
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 @dataclass
 class EvalConfig:
-    planners: list[str] = setting(["tinyworld/backbone"], "model folders or run folders, compared side by side")
-    frozen_model: str = setting("tinyworld/backbone", "model folder of the frozen modules")
+    planners: list[str] = setting(
+        ["tinyworld/backbone"], "model folders, run folders or servers' URL#NAME, compared side by side"
+    )
+    frozen_model: str = setting("tinyworld/backbone", "of the frozen modules: folder, hub name or a server's URL#NAME")
+    engine: str = setting("transformers", "transformers or vllm; a URL is always asked over HTTP")
+    engine_memory: float = setting(0.3, "share of the GPU's memory for each vLLM engine, weights and KV cache")
+    dtype: str = setting("auto", "float32 or bfloat16; auto: bfloat16 on cuda")
+    tokenizer: str = setting(
+        "", "for planners behind a URL: folder of their tokenizer, to talk in token ids; empty: chat"
+    )
     task: str = setting("tinyworld", "tinyworld, a folder with test.jsonl, or one JSONL file")
     corpus: str = setting("", "file made by `python tools.py index`; empty: the articles of the bundled world")
     split: str = setting("test", "train, dev or test")
@@ -140,13 +154,18 @@ def planner_folder(path: str) -> str:
 def main(config: EvalConfig) -> None:
     device = best_device(config.device)
     examples = load_examples(config.task, config.split)[: config.questions or None]
-    frozen = TransformersEngine(config.frozen_model, device)
+    if config.dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype {config.dtype}: must be auto, float32 or bfloat16")
+    bfloat16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.startswith("cuda")
+    dtype, vllm = torch.bfloat16 if bfloat16 else torch.float32, dict(memory_share=config.engine_memory)
+    frozen = open_engine(config.engine, config.frozen_model, device, dtype, **vllm)
     sandbox, corpus = Sandbox(), load_corpus(config.corpus)
     print(sandbox.describe())
     limits = (config.max_turns, config.max_planner_tokens, config.max_frozen_tokens, config.result_chars)
     results = {}
     for path in config.planners:
-        system = AgentSystem(TransformersEngine(planner_folder(path), device), frozen, corpus, sandbox, *limits)
+        planner = open_engine(config.engine, planner_folder(path), device, dtype, config.tokenizer, **vllm)
+        system = AgentSystem(planner, frozen, corpus, sandbox, *limits)
         results[path] = evaluate(system, examples, config.temperature, (config.seed, "eval"), label=path)
     print(table(results))
     if config.output:

@@ -10,7 +10,7 @@ pi_old given its own prompt s (question, analysis, memory so far): a turn is a t
 
 P questions   G trajectories of each (a group)   T_i turns of trajectory i   B rows = turns, of a batch or part of it
 T tokens of the longest completion   S of the longest prompt + completion   N of all completions   C of one chunk
-D hidden size   V vocabulary
+D hidden size   V vocabulary   L of all rows, prompts included, when packed
 
 Same as the paper
   three nested means, over trajectories, turns and tokens: a long trajectory weighs no more than a short one    (Eq. 5)
@@ -78,17 +78,20 @@ def token_weights(row_weights: Tensor, mask: Tensor) -> Tensor:
     return mask * (row_weights / mask.sum(dim=1))[:, None]
 
 
-def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Split row indices so that rows * longest <= max_tokens; a row that is longer than that comes alone.
+def micro_batches(lengths: list[int], max_tokens: int, packed: bool = False) -> list[list[int]]:
+    """Split row indices so that rows * longest <= max_tokens, or, packed, sum of lengths <= max_tokens; a row that is
+    longer than that comes alone.
 
     `lengths` count prompt and completion. Sorted, so little is padded; longest first: too little memory shows at once.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable: equal lengths keep their order
-    batches, start = [], 0
-    while start < len(order):
-        rows = max(1, max_tokens // lengths[order[start]])
-        batches.append(order[start : start + rows])
-        start += rows
+    batches, tokens = [], 0
+    for i in order:
+        if not batches or tokens + (lengths[i] if packed else lengths[batches[-1][0]]) > max_tokens:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(i)
+        tokens += lengths[i] if packed else lengths[batches[-1][0]]
     return batches
 
 
@@ -99,6 +102,7 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk_size: int = 512,
     pad_token_id: int = 0,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log pi(a_j | s, a_<j) of each completion token: logprobs (B, T), mask (B, T), entropy (B, T, without gradient).
 
@@ -106,7 +110,8 @@ def token_logprobs(
     are `lm_head` of the last hidden state (Qwen, Llama, Mistral; not Gemma 2, which caps its logits afterwards).
 
     Rows are padded on the RIGHT: under a causal mask no real token sees a pad, and positions start at 0, so there is no
-    attention mask to get wrong. Pads are known by position, never by value: pad_token_id may equal EOS.
+    attention mask to get wrong. Pads are known by position, never by value: pad_token_id may equal EOS. `packed` lays
+    the rows end to end instead, with no pad at all.
     """
     if not 0 < len(prompt_ids) == len(completion_ids):
         raise ValueError(f"need as many prompts as completions, got {len(prompt_ids)} and {len(completion_ids)}")
@@ -115,17 +120,26 @@ def token_logprobs(
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}: greedy choices have no gradient")
     rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids)]
-    width = max(len(row) for row in rows)  # S
-    input_ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows], device=model.device)  # (B, S)
-    start = torch.tensor([[len(prompt)] for prompt in prompt_ids], device=model.device)  # (B, 1)
-    length = torch.tensor([[len(completion)] for completion in completion_ids], device=model.device)  # (B, 1)
-    mask = torch.arange(int(length.max()), device=model.device) < length  # (B, T), True on the tokens of a
+    device = model.device
+    start = torch.tensor([[len(prompt)] for prompt in prompt_ids], device=device)  # (B, 1)
+    length = torch.tensor([[len(completion)] for completion in completion_ids], device=device)  # (B, 1)
+    mask = torch.arange(int(length.max()), device=device) < length  # (B, T), True on the tokens of a
 
-    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, S, D)
+    width = max(len(row) for row in rows)  # S
+    position = torch.arange(width, device=device).expand(len(rows), -1)  # (B, S)
+    real = position < start + length  # (B, S)
     # Position s predicts token s + 1. Only the positions that predict a completion token go on to the vocabulary.
-    predicted = torch.arange(1, width, device=model.device)  # (S - 1,)
-    chosen = (start <= predicted) & (predicted < start + length)  # (B, S - 1)
-    states, targets = hidden[:, :-1][chosen], input_ids[:, 1:][chosen]  # (N, D), (N,), row after row
+    predicts = (start <= position + 1) & (position + 1 < start + length)  # (B, S)
+    input_ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows], device=device)  # (B, S)
+    targets = input_ids.roll(-1, dims=1)[predicts]  # (N,), row after row
+    if packed:
+        # (1, L), L the real tokens of all rows. Positions that start again at 0 tell transformers where a row begins,
+        # and it lets no row see another; but only without a cache and without a mask: with either, rows leak.
+        inputs = dict(input_ids=input_ids[real][None], position_ids=position[real][None])
+        predicts = predicts[real][None]  # (1, L)
+    else:
+        inputs = dict(input_ids=input_ids)
+    states = model.model(**inputs, use_cache=False).last_hidden_state[predicts]  # (N, D)
 
     def head(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = model.lm_head(states).float() / temperature  # (C, V)
@@ -140,7 +154,7 @@ def token_logprobs(
     pairs = zip(states.split(chunk_size), targets.split(chunk_size))
     chunks = [checkpoint(head, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
     logprobs, entropy = (torch.cat(parts) for parts in zip(*chunks))  # (N,), (N,)
-    blank = torch.zeros(mask.shape, device=model.device)  # (B, T)
+    blank = torch.zeros(mask.shape, device=device)  # (B, T)
     return blank.masked_scatter(mask, logprobs), mask, blank.masked_scatter(mask, entropy)  # pads hold 0
 
 
@@ -186,8 +200,10 @@ def flow_grpo_loss(
     surrogate = ratio * advantages  # (B, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages  # (B, T)
     objective = torch.min(surrogate, clipped)  # (B, T), Eq. 5: no gain from moving further than the clip range
+    importance = torch.ones_like(ratio)  # (B, T)
     if tis_cap is not None:  # pi_old / pi_sampler, cut off where it is large: some bias for far less variance
-        objective = objective * (old_logprobs - clean(sampler_logprobs.detach())).exp().clamp(max=tis_cap)  # (B, T)
+        importance = (old_logprobs - clean(sampler_logprobs.detach())).exp().clamp(max=tis_cap)  # (B, T)
+        objective = objective * importance  # (B, T)
 
     k3 = torch.zeros_like(ratio)  # (B, T)
     if ref_logprobs is not None and kl_coef != 0:
@@ -204,5 +220,6 @@ def flow_grpo_loss(
             "kl_old": (weights * (ratio - 1 - log_ratio)).sum(),  # KL(pi_old || pi) by k3: how far the updates went
             "ratio": (weights * ratio).sum(),  # 1 on the first update
             "clip_fraction": (weights * (clipped < surrogate)).sum(),  # where clipping has set the gradient to zero
+            "importance": (weights * importance).sum(),  # mean of the truncated weights; 1 without tis_cap
         }
     return loss, stats

@@ -2,25 +2,41 @@
 
 The surface an engine has, and all that the agent and the trainer know of it:
 
-    engine.encode(prompt)          -> prompt_ids, through the tokenizer's chat template
-    engine.generate_batch(list)    -> a `Completion` for each `Request`, in order
-    engine.load_weights(state)     new weights for the policy; everything cached from the old ones is dropped
+    engine.encode(prompt)           -> prompt_ids, through the tokenizer's chat template
+    engine.generate_batch(list)     -> a `Completion` for each `Request`, in order; or, where it batches by itself,
+    await engine.generate(request)  -> a `Completion`; requests run together as they come
+    engine.load_weights(state)      new weights for the policy; everything cached from the old ones is dropped
+    engine.sleep()                  gives memory back to the trainer, until the next `load_weights`
 
-One engine here: transformers, in process, on CPU, CUDA or MPS. Text is tokenised once, when it becomes a prompt;
-sampled ids stay ids all the way into the loss.
+    TransformersEngine   in this process, on CPU, CUDA or MPS; repeats bit for bit on a CPU
+    VLLMEngine           in this process, for a GPU; continuous batching, so no trajectory waits for another
+    HTTPEngine           any server with the OpenAI API; its weights are not ours to change
+
+Text is tokenised once, when it becomes a prompt; sampled ids stay ids all the way into the loss.
 """
 
 import asyncio
+import copy
+import functools
 import hashlib
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+import itertools
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import requests
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.utils import logging as transformers_logging
+from urllib3.exceptions import HTTPError
 
 transformers_logging.disable_progress_bar()  # of loading and saving: our own bars show what takes time
 
@@ -35,7 +51,7 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    prompt_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...] | str  # as `encode` gave them; a server of chat completions is given the text itself
     max_tokens: int
     temperature: float  # 0 is greedy
     seed: int = 0  # of this request alone; not used when greedy
@@ -44,7 +60,7 @@ class Request:
 @dataclass
 class Completion:
     prompt_ids: list[int]
-    completion_ids: list[int]  # with the EOS token, unless the token limit came first
+    completion_ids: list[int]  # with the EOS token, unless the token limit came first; empty behind chat completions
     logprobs: list[float]  # of each sampled token at the sampling temperature (at temperature 1 when greedy)
     text: str  # without special tokens
     finish_reason: str  # "stop" or "length"
@@ -65,23 +81,92 @@ def best_device(name: str = "auto") -> str:
     return name
 
 
-def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(model, tokenizer) from a Hugging Face folder or hub name; `UserError` when it is none."""
-    if Path(path).exists() or str(path).count("/") != 1:  # a local folder: say what is wrong with it before torch does
-        config = Path(path) / "config.json"
-        if not config.is_file():
-            raise UserError(f"{path} is not a model folder: there is no config.json in it")
-        if not any(Path(path).glob("*.safetensors")):
-            raise UserError(f"{path} is not a whole model folder: there are no *.safetensors weights in it")
+def load_model(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> tuple[Any, Any]:
+    """(model, tokenizer) from a Hugging Face folder, a hub name, or the folder of a LoRA adapter, which is merged into
+    its base; `UserError` when it is none of them."""
+    if base := adapter_base(path):
+        from peft import PeftModel
+
+        model, tokenizer = load_model(base, device, dtype, attention)
+        return PeftModel.from_pretrained(model, path).merge_and_unload().eval(), tokenizer
+    check_folder(path, "config.json", "*.safetensors")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load a model from {path}: {str(error).splitlines()[0]}") from error
     return model.to(device).eval(), tokenizer
 
 
-class TransformersEngine:
+def add_adapter(model: Any, rank: int, seed: int = 0) -> None:
+    """Freeze the model and put a LoRA adapter, in float32, on all its linear layers; it begins as zero."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise UserError("LoRA needs the package peft: pip install -r requirements-gpu.txt") from None
+    torch.manual_seed(seed)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # updates are far smaller than a bfloat16 weight can follow
+
+
+def plain_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights by their plain names, a LoRA adapter added to its base; the model itself stays as it is."""
+    state = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if ".lora_" not in k}
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            weight = state[f"{name}.weight"]
+            state[f"{name}.weight"] = (weight.float() + module.get_delta_weight("default")).to(weight.dtype)
+    return state
+
+
+def check_folder(path: str | Path, *files: str) -> None:
+    """Say what is wrong with a local folder before a library looks elsewhere. Hub names (owner/name) may pass."""
+    for file in files if Path(path).exists() or str(path).count("/") != 1 else ():
+        if not any(Path(path).glob(file)):
+            raise UserError(f"{path} is not a whole model folder: there is no {file} in it")
+
+
+def adapter_base(path: str | Path) -> str:
+    """The model that a LoRA adapter's folder belongs to; empty for any other folder."""
+    config = Path(path) / "adapter_config.json"
+    return json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else ""
+
+
+class Engine:
+    """What the engines share: the tokenizer, through which a prompt becomes ids, once."""
+
+    def __init__(self, tokenizer: Any, generation_config: Any):
+        self.tokenizer = tokenizer
+        self.tokens_generated = 0
+        eos = generation_config.eos_token_id
+        eos = [eos] if isinstance(eos, int) else list(eos or [])
+        self.eos_ids = sorted({*eos, tokenizer.eos_token_id} - {None})
+        self.control_tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        message = [{"role": "user", "content": "{prompt}"}]
+        self.chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        self.encode = functools.lru_cache(4096)(self.encode)  # the rollouts of a group begin with the same prompts
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """One user message in the chat template. Text never becomes a control token: it gets a space inside."""
+        for token in self.control_tokens:
+            prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
+        return tuple(self.tokenizer(self.chat.replace("{prompt}", prompt), add_special_tokens=False)["input_ids"])
+
+    def decode(self, completion_ids: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def sleep(self) -> None:
+        """Give memory back to the trainer, where the engine can; the next `load_weights` takes it again."""
+
+
+# --- transformers, in this process ------------------------------------------------------------------------------------
+
+
+class TransformersEngine(Engine):
     """Batched sampling with a KV cache. Holds its own copy of the weights, so a frozen module stays frozen."""
 
     def __init__(
@@ -92,22 +177,10 @@ class TransformersEngine:
         prefill_tokens: int = 2048,
         cache_tokens: int = 65536,
     ):
-        self.model, self.tokenizer = load_model(path, device, dtype)
+        self.model, tokenizer = load_model(path, device, dtype)
+        super().__init__(tokenizer, self.model.generation_config)
         self.prefill_tokens = prefill_tokens  # of one pass over prompts, padding included
         self.cache_tokens = cache_tokens  # in the KV cache of requests that run together, padding included
-        self.tokens_generated = 0
-        eos = self.model.generation_config.eos_token_id
-        eos = [eos] if isinstance(eos, int) else list(eos or [])
-        self.eos_ids = sorted({*eos, self.tokenizer.eos_token_id} - {None})
-        self.control_tokens = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
-        message = [{"role": "user", "content": "{prompt}"}]
-        self.chat = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-
-    def encode(self, prompt: str) -> list[int]:
-        """One user message in the chat template. Text never becomes a control token: it gets a space inside."""
-        for token in self.control_tokens:
-            prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
-        return self.tokenizer(self.chat.replace("{prompt}", prompt), add_special_tokens=False)["input_ids"]
 
     def load_weights(self, state_dict: dict[str, torch.Tensor]) -> None:
         self.model.load_state_dict(state_dict)
@@ -206,8 +279,7 @@ class TransformersEngine:
     def _completions(self, requests, sampled, logprobs, counts, stopped) -> list[Completion]:
         completions = []
         ids = [row[:count] for row, count in zip(sampled, counts)]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for request, row, text, row_logprobs, stop in zip(requests, ids, texts, logprobs, stopped):
+        for request, row, text, row_logprobs, stop in zip(requests, ids, self.decode(ids), logprobs, stopped):
             reason = "stop" if stop else "length"
             completions.append(Completion(list(request.prompt_ids), row, row_logprobs[: len(row)], text, reason))
             self.tokens_generated += len(row)
@@ -238,10 +310,353 @@ def sample(
     return tokens, all_logprobs.gather(1, tokens[:, None])[:, 0]
 
 
+# --- vLLM, in this process --------------------------------------------------------------------------------------------
+
+
+def import_vllm(device: str) -> Any:
+    """The vllm module, set up to run in this process; `UserError` where it is missing or made for another device."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over in memory, not through a socket
+    defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    for name, value in (defaults | {"OMP_NUM_THREADS": str(torch.get_num_threads())}).items():
+        os.environ.setdefault(name, value)  # all before the import: vLLM reads them then, and once
+    try:
+        import vllm
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        advice = "run `make gpu` or pip install -r requirements-gpu.txt, or use --engine transformers"
+        raise UserError(f"--engine vllm needs the package vllm ({error}): {advice}") from None
+    if current_platform.device_type != device.split(":")[0]:
+        made_for = current_platform.device_type or "a GPU, and there is none here"
+        raise UserError(f"this build of vllm is made for {made_for}, not for {device}: use --engine transformers")
+    return vllm
+
+
+class VLLMEngine(Engine):
+    """Requests enter as they come and are decoded together, whatever trajectory, turn or module they belong to. Nobody
+    waits for the slowest. The price: sums are made in the order of arrival, so a run repeats only nearly.
+
+    `memory_share` of the GPU is taken for weights and KV cache. With a `lora_rank` it serves two models at once: the
+    base weights (`without_adapter()`) and the base with the last adapter that was loaded.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        device: str = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+        memory_share: float = 0.4,
+        lora_rank: int = 0,
+        can_sleep: bool = False,
+    ):
+        vllm, base = import_vllm(device), adapter_base(path)
+        if base:
+            lora_rank = json.loads((Path(path) / "adapter_config.json").read_text())["r"]
+        options = dict(enable_lora=True, max_lora_rank=max(8, lora_rank), max_loras=1) if lora_rank else {}
+        if device == "cpu":
+            options["enforce_eager"] = True
+            if lora_rank:
+                # Beside rows with an adapter, a row without one reads slot -1, the last, on a CPU: it must stay empty.
+                options["max_loras"] = 2
+        else:
+            options |= dict(gpu_memory_utilization=memory_share, enable_sleep_mode=can_sleep)
+        try:
+            self.llm = vllm.LLM(
+                model=str(base or path), dtype=str(dtype).removeprefix("torch."), **options,
+                generation_config="vllm",  # not the sampling habits that come with the model: no top-k, no penalty
+                logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after the temperature
+            )  # fmt: skip
+            generation_config = GenerationConfig.from_pretrained(base or path)
+        except (OSError, ValueError, RuntimeError, AssertionError) as error:
+            raise UserError(f"vLLM cannot serve {path}: {self._advice(error, base or path, memory_share)}") from error
+        super().__init__(self.llm.get_tokenizer(), generation_config)
+        self.engine, self.sampling_params, self.prompt_class = (
+            self.llm.llm_engine, vllm.SamplingParams, vllm.TokensPrompt
+        )  # fmt: skip
+        self.lora_rank, self.lora_request = lora_rank, None
+        self.can_sleep, self.asleep = can_sleep and device != "cpu", False
+        self.seeded = device != "cpu"  # the CPU sampler of vLLM fails on requests with a seed of their own
+        self.numbers = itertools.count()
+        self.waiting: dict[str, list[asyncio.Future]] = {}  # by request id; several wait for the same greedy request
+        self.greedy: dict[tuple, str] = {}  # (prompt_ids, max_tokens, adapter) -> id of the request under way
+        if base:
+            self.load_adapter(path)
+
+    def without_adapter(self) -> "VLLMEngine":
+        """The same engine, as a server of the base weights: the frozen modules beside a LoRA planner."""
+        frozen = copy.copy(self)
+        frozen.lora_request = None
+        return frozen
+
+    async def generate(self, request: Request) -> Completion:
+        future = asyncio.get_running_loop().create_future()
+        key = (request.prompt_ids, request.max_tokens, self.lora_request is None)
+        number = self.greedy.get(key) if request.temperature == 0 else None
+        if number in self.waiting:
+            self.waiting[number].append(future)
+            return await future
+        number = str(next(self.numbers))
+        if request.temperature == 0:
+            self.greedy[key] = number
+        params = self.sampling_params(
+            max_tokens=request.max_tokens, temperature=request.temperature, logprobs=0, flat_logprobs=True,
+            seed=request.seed if self.seeded and request.temperature else None,
+            stop_token_ids=self.eos_ids, detokenize=False,
+        )  # fmt: skip
+        prompt = self.prompt_class(prompt_token_ids=list(request.prompt_ids))
+        self.engine.add_request(number, prompt, params, lora_request=self.lora_request)
+        self.waiting[number] = [future]
+        if len(self.waiting) == 1:
+            self.stepping = asyncio.ensure_future(self._step_while_somebody_waits())
+        return await future
+
+    async def _step_while_somebody_waits(self) -> None:
+        try:
+            while self.waiting:
+                await asyncio.sleep(0)  # who has just got a text can add the next request before the next token
+                for output in self.engine.step():
+                    if output.finished:
+                        completion = self._completion(output)
+                        for future in self.waiting.pop(output.request_id):
+                            future.done() or future.set_result(completion)
+        except Exception as error:  # everyone who waits must hear of it, or the run would hang
+            failure = EngineError(f"vLLM failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            for future in itertools.chain.from_iterable(self.waiting.values()):
+                future.done() or future.set_exception(failure)
+        finally:  # also when the rollouts were cancelled
+            self.engine.abort_request(list(self.waiting))
+            self.waiting.clear()
+            self.greedy.clear()
+
+    def _completion(self, output: Any) -> Completion:
+        sampled = output.outputs[0]
+        if sampled.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"a request ended by {sampled.finish_reason!r}")
+        ids, logprobs = list(sampled.token_ids), list(sampled.logprobs.logprobs)
+        if len(ids) != len(logprobs):
+            raise RuntimeError(f"{len(logprobs)} log-probs for {len(ids)} tokens")
+        self.tokens_generated += len(ids)
+        return Completion(list(output.prompt_token_ids), ids, logprobs, self.decode([ids])[0], sampled.finish_reason)
+
+    def load_weights(self, state_dict: dict[str, torch.Tensor]) -> None:
+        self._wake(["weights"])
+        weights = ((name, tensor.detach()) for name, tensor in state_dict.items())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self._wake(["kv_cache"])  # only now: old and new weights are in memory until here
+        self.asleep = False
+        self._forget()
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Serve the base with the LoRA adapter of this folder; `UserError` where it belongs to another base."""
+        from vllm.lora.request import LoRARequest
+
+        self._wake(["weights", "kv_cache"])
+        self.asleep = False
+        try:
+            self.engine.add_lora(LoRARequest("planner", 1, str(folder), load_inplace=self.lora_request is not None))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{folder} is no adapter of this model: {str(error).splitlines()[0]}") from error
+        self.lora_request = LoRARequest("planner", 1, str(folder))
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was computed with the old weights. vLLM refuses, without an error, while a request is running."""
+        if not self.llm.reset_prefix_cache():
+            raise EngineError("vLLM did not drop its prefix cache after a change of weights: requests are running")
+
+    def sleep(self) -> None:
+        if self.can_sleep:
+            # Level 2 forgets the weights, as all of them come anew; under an adapter the base must outlive the sleep.
+            self.llm.sleep(level=1 if self.lora_rank else 2)
+            self.asleep = True
+
+    def _wake(self, tags: list[str]) -> None:
+        if self.asleep:
+            torch.cuda.empty_cache()  # what the trainer has freed and still holds
+            self.llm.wake_up(tags=tags)
+
+    @staticmethod
+    def _advice(error: Exception, path: str | Path, memory_share: float) -> str:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) / 2**30
+        if "memory" not in reason.lower() or not torch.cuda.is_available():
+            return reason
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        return (
+            f"{reason} Its weights take about {weights:.1f} GiB and --engine_memory gives it {memory_share:g} of "
+            f"{total:.0f} GiB, KV cache included: raise --engine_memory, or take a smaller model or --lora_rank"
+        )
+
+
+# --- any server with the OpenAI API -----------------------------------------------------------------------------------
+
+
+# No connection, silence, half an answer, one that is not JSON or has another shape.
+FAULTS = (requests.RequestException, HTTPError, ValueError, KeyError, IndexError, TypeError, AttributeError)
+
+
+class HTTPEngine:
+    """A model behind a server: frozen modules and judges through chat completions, or, given a tokenizer's folder, a
+    planner that is only sampled, through completions from token ids to token ids with log-probs (as vLLM serves them).
+
+    `address` is the server's base URL, such as http://localhost:8000/v1, with #NAME where it has several models. The
+    key is read from OPENAI_API_KEY. A fault of the server is tried again, then it is an `EngineError`, never an empty
+    text.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        tokenizer: str = "",
+        concurrency: int = 64,
+        timeout_s: float = 300.0,
+        retries: int = 5,
+        backoff_s: float = 1.0,
+    ):
+        self.url, _, self.model = address.partition("#")
+        self.url = self.url.rstrip("/")
+        self.timeout_s, self.retries, self.backoff_s = timeout_s, retries, backoff_s
+        self.tokens_generated = 0
+        self.tokens = None
+        if tokenizer:
+            source = adapter_base(tokenizer) or tokenizer
+            check_folder(source, "tokenizer.json")
+            try:
+                self.tokens = Engine(AutoTokenizer.from_pretrained(source), GenerationConfig.from_pretrained(source))
+            except (OSError, ValueError) as error:
+                raise UserError(f"no tokenizer in {tokenizer}: {str(error).splitlines()[0]}") from error
+        self.threads = ThreadPoolExecutor(concurrency, thread_name_prefix="http-engine")  # and so many requests at once
+        self.session = requests.Session()
+        self.session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
+        self.session.mount("https://", requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
+        if key := os.environ.get("OPENAI_API_KEY"):
+            self.session.headers["Authorization"] = f"Bearer {key}"
+        self.gave_up = threading.Event()  # the run ends, so nobody needs to try again
+        try:
+            names = [entry["id"] for entry in self._call("GET", "/models", None, lambda body: body["data"])]
+        except EngineError as error:
+            raise UserError(str(error)) from None
+        if self.model not in names and (self.model or len(names) != 1):
+            raise UserError(f"{self.url} serves {', '.join(names) or 'nothing'}: name one, as in {self.url}#NAME")
+        self.model = self.model or names[0]
+
+    def encode(self, prompt: str) -> tuple[int, ...] | str:
+        return self.tokens.encode(prompt) if self.tokens else prompt
+
+    def sleep(self) -> None:
+        """Its memory is not ours."""
+
+    def load_weights(self, state_dict: dict[str, torch.Tensor]) -> None:
+        raise UserError("the weights behind a server cannot be trained: use --engine transformers or vllm")
+
+    async def generate(self, request: Request) -> Completion:
+        call = self._complete_ids if self.tokens else self._complete_chat
+        return await asyncio.get_running_loop().run_in_executor(self.threads, call, request)
+
+    def _sampling(self, request: Request) -> dict[str, Any]:
+        seed = {"seed": request.seed, "top_p": 1.0} if request.temperature else {}
+        return {"model": self.model, "max_tokens": request.max_tokens, "temperature": request.temperature, **seed}
+
+    def _complete_chat(self, request: Request) -> Completion:
+        body = self._sampling(request) | {"messages": [{"role": "user", "content": request.prompt_ids}]}
+
+        def read(answer: dict) -> Completion:
+            choice = answer["choices"][0]
+            text, reason = choice["message"]["content"], choice["finish_reason"]
+            tokens = (answer.get("usage") or {}).get("completion_tokens", 0)
+            if not isinstance(text, str) or not (text or tokens) or reason not in ("stop", "length"):
+                raise ValueError(f"no text, finish_reason {reason!r}")
+            self.tokens_generated += tokens
+            return Completion([], [], [], text, reason)
+
+        return self._call("POST", "/chat/completions", body, read)
+
+    def _complete_ids(self, request: Request) -> Completion:
+        prompt_ids = list(request.prompt_ids)
+        body = self._sampling(request) | {
+            "prompt": prompt_ids, "logprobs": 0, "return_token_ids": True, "stop_token_ids": self.tokens.eos_ids,
+            "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,  # the policy itself, whatever the server's defaults
+        }  # fmt: skip
+
+        def read(answer: dict) -> Completion:
+            choice = answer["choices"][0]
+            if choice.get("token_ids") is None or not (choice.get("logprobs") or {}).get("token_logprobs"):
+                advice = "serve the planner with vLLM, or leave out its tokenizer to talk in text"
+                raise EngineError(f"{self.url} returns no token ids or no log-probs: {advice}")
+            ids, logprobs, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
+            if choice.get("prompt_token_ids", prompt_ids) != prompt_ids or not len(ids) == len(logprobs) > 0:
+                raise ValueError("the ids and log-probs do not belong to the prompt")
+            if reason not in ("stop", "length"):
+                raise ValueError(f"finish_reason {reason!r}")
+            self.tokens_generated += len(ids)
+            return Completion(prompt_ids, ids, logprobs, self.tokens.decode([ids])[0], reason)
+
+        return self._call("POST", "/completions", body, read)
+
+    def _call(self, method: str, path: str, body: dict | None, read: Callable[[Any], Any]) -> Any:
+        """read(answer), tried again after a fault of the server: no connection, silence, 429, 5xx, a damaged answer."""
+        for attempt in range(self.retries + 1):
+            wait = self.backoff_s * 2**attempt * random.uniform(0.5, 1.5)  # a crowd must not come back all at once
+            try:
+                status, headers, data = self._exchange(method, self.url + path, body)
+                if status == 200:
+                    return read(json.loads(data))
+                problem = f"HTTP {status} {data[:200].decode(errors='replace').strip()!r}"
+                if status in (401, 403):
+                    raise EngineError(f"{self.url} refuses the key in OPENAI_API_KEY, or there is none (HTTP {status})")
+                if status not in (408, 409, 425, 429) and status < 500:
+                    raise EngineError(f"{self.url}{path} refuses the request: {problem}")
+                if headers.get("Retry-After", "").isdigit():
+                    wait = min(60.0, float(headers["Retry-After"]))
+            except FAULTS as error:
+                problem = f"{type(error).__name__}: {error}"
+            if self.gave_up.is_set() or attempt < self.retries and self.gave_up.wait(wait):
+                break
+        self.gave_up.set()
+        raise EngineError(f"{self.url}{path} failed {attempt + 1} times, the last time with {problem[:300]}")
+
+    def _exchange(self, method: str, url: str, body: dict | None) -> tuple[int, Any, bytes]:
+        """Status, headers and data. The time limit is for the whole answer: a server may also trickle for ever."""
+        deadline, data = time.monotonic() + self.timeout_s, bytearray()
+        limits = (min(10.0, self.timeout_s), self.timeout_s)
+        with self.session.request(
+            method, url, json=body, timeout=limits, stream=True, allow_redirects=False
+        ) as response:
+            while chunk := response.raw.read1(65536, decode_content=True):  # what is there; iter_content waits for more
+                data += chunk
+                if time.monotonic() > deadline:
+                    raise requests.Timeout(f"no whole answer in {self.timeout_s:g} s")
+                if len(data) > 2**24:
+                    raise requests.RequestException("the answer is longer than 16 MB")
+            return response.status_code, response.headers, bytes(data)
+
+
+def open_engine(
+    kind: str, model: str, device: str, dtype: torch.dtype = torch.float32, tokenizer: str = "", **vllm_options: Any
+) -> Any:
+    """The engine of this kind: transformers, vllm or http; a model that is a URL is served by http whatever the kind.
+    `tokenizer` is for http, `vllm_options` are for vllm: memory_share, lora_rank, can_sleep."""
+    is_url = model.startswith(("http://", "https://"))
+    if kind == "http" and not is_url:
+        raise UserError(f"the http engine takes a URL as its model, such as http://localhost:8000/v1#NAME, not {model}")
+    if is_url:
+        return HTTPEngine(model, tokenizer)
+    if kind == "vllm":
+        return VLLMEngine(model, device, dtype, **vllm_options)
+    if kind == "transformers":
+        return TransformersEngine(model, device, dtype)
+    raise UserError(f"no engine {kind}: use transformers, vllm or http")
+
+
+# --- many trajectories, one engine that takes batches -----------------------------------------------------------------
+
+
 class Lockstep:
     """Runs many trajectories and batches their requests in a way that repeats: it waits until every live trajectory
     waits for text (tools in flight included), then runs requests, in the order of the trajectories. As long as one
     waits for the `first` engine, the others wait on: so the prompts for the other engines come together.
+
+    An engine with a `generate` of its own batches by itself: for the others, its text is one more tool in flight.
     """
 
     def __init__(self, first: Any = None) -> None:
@@ -250,6 +665,8 @@ class Lockstep:
 
     async def generate(self, engine: Any, request: Request, order: int) -> Completion:
         """Called by trajectory number `order`, which has at most one request pending at a time."""
+        if hasattr(engine, "generate"):
+            return await engine.generate(request)
         future = asyncio.get_running_loop().create_future()
         self.waiting.append((order, engine, request, future))
         self._run_if_all_wait()

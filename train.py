@@ -25,10 +25,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from agent import AgentSystem, Trajectory
@@ -43,7 +45,18 @@ from flow_grpo import (
     token_weights,
 )
 from judge import RULES
-from llm import TransformersEngine, UserError, best_device, load_model
+from llm import (
+    EngineError,
+    TransformersEngine,
+    UserError,
+    adapter_base,
+    add_adapter,
+    best_device,
+    derive_seed,
+    load_model,
+    open_engine,
+    plain_weights,
+)
 from tasks import Example, load_corpus, load_examples
 from tools import Sandbox
 
@@ -57,6 +70,10 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda or mps")
     # the system
     model: str = setting("tinyworld/backbone", "model folder or hub name; starts the planner, is the frozen modules")
+    frozen_model: str = setting("", "of the frozen modules: folder, hub name or a server's URL#NAME; empty: --model")
+    engine: str = setting("transformers", "transformers or vllm: what samples the planner")
+    frozen_engine: str = setting("", "transformers, vllm or http: what runs the frozen modules; empty: --engine")
+    engine_memory: float = setting(0.3, "share of the GPU's memory for each vLLM engine, weights and KV cache")
     task: str = setting("tinyworld", "tinyworld, or a folder with train.jsonl, dev.jsonl and test.jsonl")
     corpus: str = setting("", "file made by `python tools.py index`; empty: the articles of the bundled world")
     max_turns: int = setting(4, "turn budget of a question")
@@ -81,6 +98,16 @@ class Config:
     tis_cap: float = setting(0.0, "cap of the importance weights trainer / sampler; 0: no such weights")
     skip_zero_variance: bool = setting(False, "leave out groups whose rewards are all equal: less work, no KL pull")
     micro_batch_tokens: int = setting(2048, "tokens of one forward and backward pass, padding included")
+    # the trainer at real size
+    dtype: str = setting("auto", "float32; mixed: float32 weights, bfloat16 arithmetic; bfloat16; auto: mixed on cuda")
+    optimizer: str = setting("adamw", "adamw; adamw8bit: moments in 8 bits, stochastic rounding of bfloat16 weights")
+    lora_rank: int = setting(0, "train a LoRA adapter of this rank on all linear layers; 0: train all weights")
+    activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass: less memory, more time")
+    packed: bool = setting(False, "rows end to end instead of padded; for --attention flash_attention_2")
+    attention: str = setting("sdpa", "attn_implementation of transformers in the trainer")
+    max_sampler_gap: float = setting(
+        0.0, "mean |sampler - trainer| log-prob that stops the run; 0: 0.001 in float32, else 0.1"
+    )
     # what you see
     eval_every: int = setting(12, "steps between evaluations on the dev questions")
     dev_questions: int = setting(100, "questions of an evaluation on dev; 0: the whole split")
@@ -96,31 +123,30 @@ def main(config: Config) -> None:
     device = best_device(config.device)
 
     # Four parts: the policy that is trained, the engine that samples it, the frozen engine that plays every other
-    # module, and the tools. The frozen engine holds the initial weights, so its model is the reference policy too.
+    # module, and the tools. The initial weights are the reference policy: the adapter switched off, the model of a
+    # frozen transformers engine, or one more copy.
     train_set, dev_set, test_set = (load_examples(config.task, split) for split in ("train", "dev", "test"))
     dev_set, test_set = dev_set[: config.dev_questions or None], test_set[: config.test_questions or None]
-    frozen_engine = TransformersEngine(config.model, device)
-    planner_engine = TransformersEngine(config.model, device)
-    policy, tokenizer = load_model(config.model, device)
-    ref_policy = frozen_engine.model
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    planner_engine, frozen_engine = open_engines(config, device)
+    policy, tokenizer, optimizer = build_trainer(config, device)
+    ref_policy = reference(config, device, policy, frozen_engine)
+    _, engine_dtype, autocast = precision(config, device)
+    max_gap = config.max_sampler_gap or (1e-3 if engine_dtype == torch.float32 else 0.1)
     sandbox = Sandbox()
     system = AgentSystem(
         planner=planner_engine, frozen=frozen_engine, corpus=load_corpus(config.corpus), sandbox=sandbox,
         max_turns=config.max_turns, max_planner_tokens=config.max_planner_tokens,
         max_frozen_tokens=config.max_frozen_tokens, result_chars=config.result_chars,
     )  # fmt: skip
-    print(
-        f"{run}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters on {device}; {sandbox.describe()}"
-    )
+    print(f"{run}: {budget(policy, config, device)} on {device}; {sandbox.describe()}")
 
     # Resume: weights, optimizer and step of the last checkpoint; log lines of later steps are dropped and made again.
-    first_step, result = resume(run, policy, optimizer)
+    first_step, result = resume(run, policy, optimizer, config)
     if (run / "result.json").exists() and first_step > config.steps:
         print(f"{run} is finished; for another run, remove it or name another folder with --run_dir")
         return report(run)
     if first_step > 1:
-        planner_engine.load_weights(policy.state_dict())
+        sync(planner_engine, policy, run)
         print(f"continuing after step {first_step - 1}")
     else:
         result["before"] = evaluate(system, test_set, config.temperature, (config.seed, "test"), "test before training")
@@ -129,6 +155,7 @@ def main(config: Config) -> None:
     stop = StopRequest()
     for step in range(first_step, config.steps + 1):
         clock = Clock()
+        torch.manual_seed(derive_seed(config.seed, step))  # of stochastic rounding: a function of the step, as all is
 
         # --- evaluate on the dev questions, with the policy this step starts from
         metrics = {"step": step}
@@ -169,17 +196,22 @@ def main(config: Config) -> None:
                 copies.setdefault((tuple(turn.prompt_ids), tuple(turn.completion_ids)), []).append(i)
         lengths = [len(prompt) + len(completion) for prompt, completion in copies]
         distinct = list(copies.values())  # row numbers, those of equal rows together
-        batches = [[distinct[d] for d in batch] for batch in micro_batches(lengths, config.micro_batch_tokens)]
+        split = micro_batches(lengths, config.micro_batch_tokens, config.packed)
+        batches = [[distinct[d] for d in batch] for batch in split]
 
         def forward(model: torch.nn.Module, batch: list[list[int]]) -> list[torch.Tensor]:
             """logprobs, mask and entropy of all rows of the batch, (B, T) each."""
             firsts = [turns[equal_rows[0]] for equal_rows in batch]
             prompts, completions = [turn.prompt_ids for turn in firsts], [turn.completion_ids for turn in firsts]
             of_row = [d for d, equal_rows in enumerate(batch) for _ in equal_rows]
-            return [x[of_row] for x in token_logprobs(model, prompts, completions, config.temperature)]
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
+                rows = token_logprobs(model, prompts, completions, config.temperature, packed=config.packed)
+            return [x[of_row] for x in rows]
 
+        planner_engine.sleep()  # what it can give back, the gradient step may use
         with torch.no_grad():
-            ref_logprobs = [forward(ref_policy, batch)[0] if config.kl_coef else None for batch in batches]
+            with adapter_off(policy, config):
+                ref_logprobs = [forward(ref_policy, batch)[0] if config.kl_coef else None for batch in batches]
             # With one update the policy has not moved yet: its log-probs are the old ones, and the ratio is exactly 1.
             old_logprobs = [forward(policy, batch)[0] if config.updates_per_step > 1 else None for batch in batches]
         clock.lap("logprobs")
@@ -188,7 +220,7 @@ def main(config: Config) -> None:
         policy.train()
         sampler_gap = 0.0  # mean |sampler - trainer| log-prob of the sampled tokens, before the first update
         for update in range(config.updates_per_step):
-            stats = dict.fromkeys(("loss", "kl", "clip_fraction", "ratio", "entropy"), 0.0)
+            stats = dict.fromkeys(("loss", "kl", "clip_fraction", "ratio", "importance", "entropy"), 0.0)
             for batch, old, ref in zip(batches, old_logprobs, ref_logprobs):
                 rows = [i for equal_rows in batch for i in equal_rows]
                 logprobs, mask, entropy = forward(policy, batch)
@@ -211,14 +243,19 @@ def main(config: Config) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
             if not math.isfinite(grad_norm):
                 raise UserError(f"step {step}: the gradient is {grad_norm}; the last checkpoint is intact")
-            optimizer.param_groups[0]["lr"] = learning_rate(config, (step - 1) * config.updates_per_step + update)
+            if sampler_gap > max_gap:
+                raise EngineError(
+                    f"step {step}: sampler and trainer differ by {sampler_gap:.2g} nats a token, more than "
+                    f"{max_gap:g}: the engine does not hold the trainer's weights; the last checkpoint is intact"
+                )
+            set_learning_rate(optimizer, learning_rate(config, (step - 1) * config.updates_per_step + update))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         policy.eval()
         clock.lap("update")
 
         # --- the new weights to the engine
-        planner_engine.load_weights(policy.state_dict())
+        sync(planner_engine, policy, run)
         clock.lap("sync")
 
         # --- log
@@ -231,7 +268,7 @@ def main(config: Config) -> None:
             **stats,
             "sampler_gap": sampler_gap,
             "grad_norm": grad_norm,
-            "learning_rate": optimizer.param_groups[0]["lr"],
+            "learning_rate": float(optimizer.param_groups[0]["lr"]),
             "tokens_per_second": sum(num_tokens) / clock.laps["rollout"],
             **{f"t_{phase}": seconds for phase, seconds in clock.laps.items()},
         }
@@ -252,6 +289,110 @@ def main(config: Config) -> None:
     result["after"] = evaluate(system, test_set, config.temperature, (config.seed, "test"), "test after training")
     finish(run, config, result)
     report(run)
+
+
+# --- the policy, its engines and its optimizer ------------------------------------------------------------------------
+
+
+def precision(config: Config, device: str) -> tuple[torch.dtype, torch.dtype, bool]:
+    """(dtype of the trained model's weights, dtype in the engines, bfloat16 arithmetic on float32 weights?)."""
+    choice = config.dtype if config.dtype != "auto" else "mixed" if device.startswith("cuda") else "float32"
+    if choice == "float32":
+        return torch.float32, torch.float32, False
+    # The base of an adapter is never updated, so it can be bfloat16; the adapter itself is float32.
+    weights = torch.float32 if choice == "mixed" and not config.lora_rank else torch.bfloat16
+    return weights, torch.bfloat16, choice == "mixed" or config.lora_rank > 0
+
+
+def open_engines(config: Config, device: str) -> tuple[Any, Any]:
+    """(of the planner, of the frozen modules). One vLLM engine can be both: with a LoRA adapter, and without it."""
+    dtype, frozen = precision(config, device)[1], config.frozen_engine or config.engine
+    vllm = dict(memory_share=config.engine_memory)
+    lora = dict(lora_rank=config.lora_rank) if config.engine == "vllm" else {}
+    planner_engine = open_engine(config.engine, config.model, device, dtype, **vllm, **lora, can_sleep=True)
+    if lora and config.lora_rank and frozen == "vllm" and config.frozen_model in ("", config.model):
+        return planner_engine, planner_engine.without_adapter()
+    return planner_engine, open_engine(frozen, config.frozen_model or config.model, device, dtype, **vllm)
+
+
+def build_trainer(config: Config, device: str) -> tuple[Any, Any, torch.optim.Optimizer]:
+    """(policy, tokenizer, optimizer)."""
+    policy, tokenizer = load_model(config.model, device, precision(config, device)[0], config.attention)
+    if config.lora_rank:
+        add_adapter(policy, config.lora_rank, config.seed)
+    if config.activation_checkpointing:
+        getattr(
+            policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable
+        )()  # the name until 5.2x
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        return policy, tokenizer, torch.optim.AdamW(trained, **options)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise UserError("--optimizer adamw8bit needs torchao: pip install -r requirements-gpu.txt") from None
+    # Updates below 0.4 % of a bfloat16 weight would all be rounded away: rounding at random keeps their mean.
+    return policy, tokenizer, AdamW8bit(trained, **options, bf16_stochastic_round=trained[0].dtype == torch.bfloat16)
+
+
+def reference(config: Config, device: str, policy: Any, frozen_engine: Any) -> Any:
+    """pi_ref, the initial weights."""
+    if config.lora_rank or not config.kl_coef:
+        return policy  # see `adapter_off`
+    if isinstance(frozen_engine, TransformersEngine) and config.frozen_model in ("", config.model):
+        return frozen_engine.model
+    return load_model(config.model, device, precision(config, device)[1], config.attention)[0]
+
+
+@contextmanager
+def adapter_off(policy: Any, config: Config) -> Iterator[None]:
+    """The base of a LoRA policy is the reference policy."""
+    if config.lora_rank:
+        policy.disable_adapters()
+    yield
+    if config.lora_rank:
+        policy.enable_adapters()
+
+
+def sync(engine: Any, policy: Any, run: Path) -> None:
+    """The policy's weights to its engine, as an adapter where the engine serves the base as well."""
+    if getattr(engine, "lora_rank", 0):
+        with disk_errors(run):
+            policy.save_pretrained(run / "adapter")
+        engine.load_adapter(run / "adapter")
+    else:
+        engine.load_weights(plain_weights(policy))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], torch.Tensor):  # torchao compiles its step, and would again for each new number
+        group["lr"].fill_(value)
+    else:
+        group["lr"] = value
+
+
+def budget(policy: Any, config: Config, device: str) -> str:
+    """Parameters and the memory that training them takes, before activations and engines; `UserError` when that is more
+    than the GPU has."""
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in policy.parameters())
+    states = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)  # the gradients ...
+    states += trained * (8 if config.optimizer == "adamw" else 2)  # ... and the two moments of Adam
+    gib = (weights + states) / 2**30
+    text = f"{trained / 1e6:,.2f} M parameters, {gib:.2f} GiB of weights, gradients and moments"
+    if device.startswith("cuda"):
+        total = torch.cuda.get_device_properties(device).total_memory / 2**30
+        if gib > total:
+            raise UserError(f"{text}, but the GPU has {total:.0f} GiB: {SMALLER}")
+    return text
+
+
+SMALLER = (
+    "try --lora_rank 16, --optimizer adamw8bit (with --dtype bfloat16 for less still), "
+    "--activation_checkpointing True, or a smaller --micro_batch_tokens, --engine_memory or --model"
+)
 
 
 # --- functions of the step alone: a run that is continued needs no other state ----------------------------------------
@@ -369,8 +510,18 @@ def check(config: Config) -> None:
         raise UserError(
             f"--temperature {config.temperature:g}: must be above 0, greedy rollouts of a group are all the same"
         )
-    if config.aggregation not in ("paper", "token-mean"):
-        raise UserError(f"--aggregation {config.aggregation}: must be paper or token-mean")
+    choices = {
+        "aggregation": ("paper", "token-mean"),
+        "engine": ("transformers", "vllm"),
+        "frozen_engine": ("", "transformers", "vllm", "http"),
+        "dtype": ("auto", "float32", "mixed", "bfloat16"),
+        "optimizer": ("adamw", "adamw8bit"),
+    }
+    for name, values in choices.items():
+        if getattr(config, name) not in values:
+            raise UserError(f"--{name} {getattr(config, name)}: must be {', '.join(filter(None, values))}")
+    if config.dtype == "bfloat16" and config.optimizer == "adamw" and not config.lora_rank:
+        raise UserError("--dtype bfloat16 loses small updates to rounding: add --optimizer adamw8bit, or use mixed")
     for name in ("steps", "questions_per_step", "max_turns", "max_planner_tokens", "max_frozen_tokens", "result_chars",
                  "updates_per_step", "micro_batch_tokens", "eval_every", "save_every"):  # fmt: skip
         if getattr(config, name) < 1:
@@ -409,7 +560,7 @@ def save(run: Path, step: int, policy, tokenizer, optimizer, result: dict) -> No
         shutil.rmtree(old, ignore_errors=True)
 
 
-def resume(run: Path, policy, optimizer) -> tuple[int, dict]:
+def resume(run: Path, policy, optimizer, config: Config) -> tuple[int, dict]:
     """(next step, result so far) from the last checkpoint, or (1, {}). Log lines of steps after it are dropped."""
     current, old = run / "checkpoint", run / "checkpoint.old"
     if not current.exists() and old.exists():  # killed between the two renames of `save`
@@ -418,7 +569,10 @@ def resume(run: Path, policy, optimizer) -> tuple[int, dict]:
     if current.exists():
         try:
             trainer = torch.load(current / "trainer.pt", weights_only=True)
-            policy.load_state_dict(load_model(current)[0].state_dict())
+            if config.lora_rank:
+                load_adapter(policy, current, config.model)
+            else:
+                policy.load_state_dict(load_model(current)[0].state_dict())
             optimizer.load_state_dict(trainer["optimizer"])
             step, result = trainer["step"], trainer["result"]
         except (UserError, OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -430,6 +584,15 @@ def resume(run: Path, policy, optimizer) -> tuple[int, dict]:
             kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step] if step else []
             write_atomically(run / name, b"".join(kept))
     return step + 1, result
+
+
+def load_adapter(policy: Any, folder: Path, base: str) -> None:
+    """The LoRA weights of a checkpoint into a policy that has an adapter of the same shape."""
+    if adapter_base(folder) != base:
+        raise UserError(f"its adapter belongs to {adapter_base(folder) or 'no model'}, not to {base}")
+    saved = load_file(folder / "adapter_model.safetensors")
+    names = {k: k.removeprefix("base_model.model.").replace(".weight", ".default.weight") for k in saved}
+    policy.load_state_dict(policy.state_dict() | {names[k]: tensor for k, tensor in saved.items()})
 
 
 def finish(run: Path, config: Config, result: dict) -> None:
@@ -444,6 +607,7 @@ def finish(run: Path, config: Config, result: dict) -> None:
         "train_seconds": result["train_seconds"],
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0,
         "versions": dict(
             python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__
         ),

@@ -556,3 +556,40 @@ def test_a_step_down_the_gradient_favours_what_won(model):
 def test_bad_rows_are_refused_before_the_model_is_touched(prompts, completions, temperature, message):
     with pytest.raises(ValueError, match=message):
         token_logprobs(None, prompts, completions, temperature)
+
+
+# --- packed rows ------------------------------------------------------------------------------------------------------
+
+
+def test_packed_rows_see_nothing_of_each_other():
+    """End to end or padded, alone or among others: the same log-probs, entropies and gradients."""
+    from llm import load_model
+    from tinyworld.pretrain import BACKBONE
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = [(40, 7), (3, 12), (25, 1), (60, 20), (1, 5)]
+    rows = [[torch.randint(300, 800, (n,), generator=generator).tolist() for n in pair] for pair in lengths]
+    prompts, completions = map(list, zip(*rows))
+    model, _ = load_model(BACKBONE)
+    gradients = []
+    for packed in (False, True):
+        logprobs, mask, entropy = token_logprobs(model, prompts, completions, 0.7, packed=packed)
+        model.zero_grad()
+        (logprobs * mask).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        for i in range(len(rows)):  # each row alone
+            alone, _, alone_entropy = token_logprobs(model, prompts[i : i + 1], completions[i : i + 1], 0.7)
+            n = len(completions[i])
+            assert torch.allclose(logprobs[i, :n], alone[0], atol=2e-5)
+            assert torch.allclose(entropy[i, :n], alone_entropy[0], atol=2e-5)
+    for padded, packed in zip(*gradients):
+        assert torch.allclose(padded, packed, atol=1e-4 * padded.abs().max().item())
+
+
+def test_packed_micro_batches_have_no_padding():
+    lengths = [5, 9, 3, 7, 1, 12, 4]
+    batches = micro_batches(lengths, 12, packed=True)
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    assert all(sum(lengths[i] for i in batch) <= 12 for batch in batches)
+    assert len(batches) < len(micro_batches(lengths, 12))
+    assert micro_batches([30, 2], 12, packed=True) == [[0], [1]]

@@ -230,10 +230,10 @@ def test_a_dead_engine_stops_the_run():
 
 
 def test_a_folder_that_is_no_model(tmp_path):
-    with pytest.raises(UserError, match="not a model folder"):
+    with pytest.raises(UserError, match="no config.json"):
         load_model(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text((BACKBONE / "config.json").read_text())
-    with pytest.raises(UserError, match="no \\*.safetensors"):
+    with pytest.raises(UserError, match="no \\*.safetensors in it"):
         load_model(tmp_path)
     weights = (BACKBONE / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])

@@ -482,8 +482,8 @@ class IdealPlanner:
     def __init__(self, questions: list[Question], world: World):
         self.teachers = {q.question: Teacher(q, world, random.Random(0), skill=1.0) for q in questions}
 
-    def encode(self, prompt: str) -> list[str]:
-        return [prompt]
+    def encode(self, prompt: str) -> tuple[str]:
+        return (prompt,)
 
     def generate_batch(self, requests: list[Request]) -> list[Completion]:
         return [self._complete(request.prompt_ids[0]) for request in requests]
