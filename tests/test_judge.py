@@ -433,7 +433,7 @@ def test_math_wrong(accepted, prediction):
 def test_a_runaway_simplification_is_killed_and_the_next_verdict_comes(monkeypatch):
     worker = MathWorker(limit_s=1.0)
     monkeypatch.setattr(judge, "MATH", worker)
-    assert worker.same("2", "1+1")  # it runs: importing SymPy is not on the clock
+    assert worker.same(["2"], "1+1")  # it runs: importing SymPy is not on the clock
     process, start = worker.process, time.monotonic()
     assert math_judge("Find it.", "5", "9^{9^{9^9}}") == 0.0
     assert time.monotonic() - start < 2.0 and process.poll() is not None
@@ -444,7 +444,7 @@ def test_a_runaway_simplification_is_killed_and_the_next_verdict_comes(monkeypat
 def test_the_worker_has_none_of_our_environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     worker = MathWorker()
-    assert worker.same("2", "1+1")
+    assert worker.same(["2"], "1+1")
     assert b"secret" not in Path(f"/proc/{worker.process.pid}/environ").read_bytes()
     worker.close()
 
@@ -452,7 +452,7 @@ def test_the_worker_has_none_of_our_environment(monkeypatch):
 def test_verdicts_are_quick():
     """At least 50 a second, each of a pair that has to be parsed and simplified."""
     pairs = [(f"{n}/7 + \\sqrt{{{n}}}", f"\\sqrt{{{n}}} + \\frac{{{n}}}{{7}}") for n in range(2, 202)]
-    assert MATH.same("2", "1+1")
+    assert MATH.same(["2"], "1+1")
     start = time.monotonic()
     assert all(math_judge("Find it.", *pair) == 1.0 for pair in pairs)
     assert time.monotonic() - start < 4
