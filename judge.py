@@ -102,7 +102,7 @@ def unwrap(text: str, spelling: Callable[[str], str] = fold) -> str:
 
 def drop_prose_marks(text: str) -> str:
     """Remove punctuation and articles where they cannot carry meaning: beside words, not beside digits or symbols."""
-    text = re.sub(rf"(?<=\b{LETTER}\.) (?={LETTER}\.)", "", text)  # J. K. = J.K.
+    text = re.sub(rf"(?<=\b{LETTER}\.) (?={LETTER}(?:\.|$))", "", text)  # J. K. = J.K.
     text = re.sub(r"(?<=\w)\.(?!\d)", "", text)
     text = re.sub(rf"(?<={LETTER}{{2}})[!?]+", "", text)
     text = re.sub(rf"'(?={LETTER}{{2}})|\"(?={LETTER})|(?<={LETTER})\"", "", text)
