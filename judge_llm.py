@@ -9,10 +9,10 @@ asked about the rest, except the game of 24, which the rules decide exactly, and
 than an answer. `compare=True` asks about the accepted ones too, only to measure the agreement.
 
 The prediction comes from a policy that is rewarded for fooling the judge. So it stands in the prompt as a JSON string
-on a line of its own, in which no quote, line break, invisible character or control token of a chat template survives:
-it cannot end the string, and outside the string the prompt has only our text. The reply must be one JSON object and
-nothing around it, so that no quotation inside a reply is taken for the verdict. What remains is persuasion from within
-the string: the prompt speaks of it, and how well that works depends on the model. Look at the verdicts in the cache.
+on a line of its own, in which no bare quote, line break, control or format character, or control token of a chat
+template survives: it cannot end the string, and outside of it the prompt has only our text. The reply must be one JSON
+object and nothing around it, so that no quotation in a reply is taken for the verdict. What remains is persuasion from
+within the string: the prompt warns of it, and how well that works depends on the model. Look at the cache now and then.
 
 A reply that is no verdict is asked for again, then `EngineError`: a judge that cannot answer stops the run.
 """

@@ -196,7 +196,7 @@ def accepted_choice(answers: list[str], choices: tuple[str, ...]) -> list[str]:
         else:
             raise ValueError(f"the answer {answer!r} is none of the options")
     if len(named) > 1:
-        raise ValueError(f"the answers {', '.join(answers)} name different options: only one can be right")
+        raise ValueError(f"the answers {answers} name different options: only one can be right")
     index = named.pop()
     return [letters[index], choices[index]]
 
@@ -380,7 +380,7 @@ def download(url: str, part: Path, gated: bool) -> None:
                 what = "HF_TOKEN was refused" if token else "HF_TOKEN is not set"
                 raise UserError(f"{page} is gated and {what}: accept its terms there, then set your token")
             if response.status_code not in (200, 206):
-                raise UserError(f"{url}: the server says {response.status_code} {response.reason}")
+                raise UserError(f"{url}: the server says {response.status_code}")
             if not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
                 done = 0  # it sends the whole file
             total = done + int(response.headers.get("Content-Length", 0)) or None

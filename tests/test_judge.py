@@ -471,12 +471,12 @@ def test_the_worker_has_none_of_our_environment(monkeypatch):
 
 
 def test_several_accepted_answers_share_one_limit(monkeypatch):
-    worker = MathWorker(limit_s=0.5)
+    worker = MathWorker(limit_s=1.0)
     monkeypatch.setattr(judge, "MATH", worker)
     assert math_judge("Find it.", ["7+1", "2+1"], "4-1") == 1.0
     start = time.monotonic()
     assert math_judge("Find it.", ["2", "3", "4", "5"], "9^{9^{9^9}}") == 0.0
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 3.0
     worker.close()
 
 

@@ -393,7 +393,7 @@ def test_a_gated_set_needs_the_token_and_no_one_else_gets_it(site, monkeypatch):
 
 
 def test_servers_that_do_not_answer(site, monkeypatch):
-    with pytest.raises(UserError, match=r"data\.json: the server says 404 Not Found$"):
+    with pytest.raises(UserError, match=r"data\.json: the server says 404$"):
         prepare("medqa", mirror=site.url)
     with pytest.raises(UserError, match=r"data\.json: stopped by ConnectionError; the same command continues"):
         prepare("medqa", mirror="http://127.0.0.1:1")
