@@ -1,7 +1,7 @@
 """Was the answer right? The reward of a trajectory, by rules.
 
 A reward is any function `(question, answer, prediction) -> float`. `RULES`, at the end, has one for each kind of
-question (`Example.kind`), so another reward is another function; a language model as judge would stand beside them.
+question (`Example.kind`), so another reward is another function. `judge_llm.py` asks a language model where they say 0.
 
     text     rule_judge    the whole text or number, as below
     math     math_judge    the same, else equal as mathematics: math-verify, in a process that is killed when it is slow
@@ -24,6 +24,7 @@ Both sides are treated alike, so an accepted answer always matches itself, comma
 - The rest of a number is its unit: $5 = 5 dollars, 50% = 50 percent. Two units must be the same. One side may
   leave its unit out only where the question asks for that unit ("How many apples ...", "..., in km?", "What percent
   ...?"). A percent is such a unit: 50% is never 0.5, and is 50 only where a percentage is asked for.
+- Whole dates are compared as days: 5 January 1964 = January 5th, 1964 = 1964-01-05. 1/5/1964 is text: which is it?
 
 `rule_judge` does not read number words (five, million), convert units, do algebra, know synonyms, or tell MW from mW.
 A wrong *prediction* earns 0; a wrong *call* (no accepted answer, a value of the wrong type) raises.
@@ -37,6 +38,8 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import date, datetime
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -49,6 +52,7 @@ LEAD_IN = re.compile(
     answer (?:\ is\b:?|\ ?[:=]) (?:\*\*)? \ ? )+""",
     re.VERBOSE | re.IGNORECASE,
 )
+DATE_FORMS = ("%d %B %Y", "%B %d %Y", "%d %b %Y", "%b %d %Y", "%Y-%m-%d")
 UNIT_WORDS = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "%": "percent", "°": "degree"}
 NUMBER = re.compile(
     r"""(?P<sign>[+-]?) (?P<currency>[$€£¥]?) (?P<inner_sign>[+-]?)
@@ -98,6 +102,7 @@ def unwrap(text: str, spelling: Callable[[str], str] = fold) -> str:
 
 def drop_prose_marks(text: str) -> str:
     """Remove punctuation and articles where they cannot carry meaning: beside words, not beside digits or symbols."""
+    text = re.sub(rf"(?<=\b{LETTER}\.) (?={LETTER}(?:\.|$))", "", text)  # J. K. = J.K.
     text = re.sub(r"(?<=\w)\.(?!\d)", "", text)
     text = re.sub(rf"(?<={LETTER}{{2}})[!?]+", "", text)
     text = re.sub(rf"'(?={LETTER}{{2}})|\"(?={LETTER})|(?<={LETTER})\"", "", text)
@@ -129,6 +134,15 @@ def parse_number(text: str) -> Number | None:
     return Number(value, re.sub(r"(?<=[a-z]{3})s$", "", unit))  # apples = apple, but ms is not m
 
 
+def parse_date(text: str) -> date | None:
+    """The day that a text names with its month in words or as YYYY-MM-DD, else None."""
+    text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|\bof\b", "", normalize(text))
+    for form in DATE_FORMS if re.search(r"\b\d{4}\b", text) else ():
+        with suppress(ValueError):
+            return datetime.strptime(" ".join(text.split()), form).date()
+    return None
+
+
 def asks_for(question: str, unit: str) -> bool:
     """Does the question name this unit as the one to answer in?"""
     # A single letter may be a variable: "a polynomial in x" does not make 3x equal to 3.
@@ -139,6 +153,8 @@ def asks_for(question: str, unit: str) -> bool:
 def same_answer(question: str, accepted: str, prediction: str) -> bool:
     if normalize(accepted) == normalize(prediction):
         return True
+    if day := parse_date(accepted):
+        return day == parse_date(prediction)
     left, right = parse_number(accepted), parse_number(prediction)
     if left is None or right is None or left.value != right.value:
         return False
@@ -228,8 +244,8 @@ class MathWorker:
     def __init__(self, limit_s: float = 5.0):
         self.limit_s, self.process = limit_s, None
 
-    def same(self, accepted: str, prediction: str) -> bool:
-        """Are two mathematical expressions equal? What cannot be read, or not in time, is not."""
+    def same(self, accepted: list[str], prediction: str) -> bool:
+        """Is an expression equal to one of the accepted? What cannot be read, or not in time, is not."""
         if self.process is None:
             self._start()
         self.process.stdin.write(json.dumps([accepted, prediction]).encode() + b"\n")
@@ -259,22 +275,36 @@ class MathWorker:
 
 
 def serve_math() -> None:
-    """The worker's side: a JSON pair [accepted, prediction] a line in, 1 or 0 a line out."""
+    """The worker's side: a JSON pair [list of accepted, prediction] a line in, 1 or 0 a line out."""
     import logging
     import resource
+    from functools import lru_cache
 
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable()  # of texts it cannot read
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
     latex = [LatexExtractionConfig()]  # not its plain expressions: SymPy reads those with eval()
+
+    @lru_cache(4096)  # the rollouts of a question share its accepted answers, and often their predictions
+    def read(text: str) -> list:
+        return parse(f"${text}$", latex, "no_fallback", parsing_timeout=None)
+
+    def same(gold: list, target: list) -> bool:
+        return bool(gold and target) and verify(gold, target, timeout_seconds=None)
+
     print("ready", flush=True)
     for line in sys.stdin:
-        gold, target = (parse(f"${text}$", latex, "no_fallback", parsing_timeout=None) for text in json.loads(line))
-        print(int(bool(gold and target) and verify(gold, target, timeout_seconds=None)), flush=True)
+        accepted, prediction = json.loads(line)
+        print(int(any(same(read(text), read(prediction)) for text in accepted)), flush=True)
 
 
 MATH = MathWorker()
+
+
+def is_number(text: str) -> bool:
+    number = parse_number(text)
+    return number is not None and not number.unit
 
 
 def math_judge(question: str, answer: str | list[str], prediction: str | None) -> float:
@@ -287,7 +317,10 @@ def math_judge(question: str, answer: str | list[str], prediction: str | None) -
         return 0.0
     accepted = [unwrap(item, str.strip) for item in ([answer] if isinstance(answer, str) else answer)]
     # math-verify takes 12 % for 12 and for 0.12; the rules have said already when a percent sign may be left out.
-    return float(any(("%" in item) == ("%" in text) and MATH.same(item, text) for item in accepted))
+    accepted = [item for item in accepted if ("%" in item) == ("%" in text)]
+    if is_number(text):  # the rules are exact about two numbers, and most wrong answers are one
+        accepted = [item for item in accepted if not is_number(item)]
+    return float(bool(accepted) and MATH.same(accepted, text))
 
 
 RULES = {"text": rule_judge, "math": math_judge, "choice": choice_judge, "game24": game24_judge}
