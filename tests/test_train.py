@@ -99,6 +99,7 @@ def test_what_a_run_leaves(finished):
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in finished.iterdir()} == (
         {"config.json", "metrics.jsonl", "rollouts.jsonl", "result.json", "curves.png", "checkpoint"}
+        | {"test_before.jsonl", "test_after.jsonl"}
     )
 
 
