@@ -28,6 +28,7 @@ class Turn:
     completion_ids: list[int]  # ends with the EOS token unless it was cut at the token limit
     logprobs: list[float]  # log pi(token) of each completion token under the sampler, at the sampling temperature
     truncated: bool = False
+    ref_logprobs: list[float] = field(default_factory=list)  # the same under the initial policy, where it was computed
 
 
 @dataclass

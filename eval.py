@@ -75,11 +75,17 @@ class EvalConfig:
 
 
 def evaluate(
-    system: AgentSystem, examples: list[Example], temperature: float, seed: tuple, label: str = "evaluating"
+    system: AgentSystem,
+    examples: list[Example],
+    temperature: float,
+    seed: tuple,
+    label: str = "evaluating",
+    keep: list[tuple[Example, Trajectory]] | None = None,
 ) -> dict:
     """One trajectory for each question -> accuracy with its interval, by family, and how it was reached.
 
-    Every question counts: one that crashed is wrong, and is counted under `crashed` as well.
+    Every question counts: one that crashed is wrong, and is counted under `crashed` as well. A list given as `keep` is
+    filled with the trajectories, their rewards set.
     """
     with tqdm(total=len(examples), desc=label, unit="question", leave=False) as bar:
         questions = [example.question for example in examples]
@@ -87,6 +93,10 @@ def evaluate(
     trajectories = [group[0] for group in groups]
     pairs = list(zip(examples, trajectories))
     rewards = [0.0 if t.crash else RULES[e.kind](e.question, e.answer, t.answer) for e, t in pairs]
+    for trajectory, reward in zip(trajectories, rewards):
+        trajectory.reward = reward
+    if keep is not None:
+        keep += pairs
     by_family = {}
     for family in sorted({example.family for example in examples}):
         hits = [reward for reward, example in zip(rewards, examples) if example.family == family]

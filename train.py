@@ -3,10 +3,10 @@
     python train.py                                   # the bundled world and backbone: minutes on a laptop
     python train.py --seed 1 --run_dir runs/other     # every flag: python train.py --help
 
-A run leaves a folder: config.json, metrics.jsonl (a line a step), rollouts.jsonl, curves.png, result.json, and
-checkpoint/, a plain Hugging Face folder plus the optimizer. The same command continues a run that was stopped, bit for
-bit on a CPU: each request's seed is derived from the run's seed, the step, the question, the sample and the turn, so
-there is no other random state to keep.
+A run leaves a folder: config.json, metrics.jsonl (a line a step), rollouts.jsonl, test_before.jsonl, test_after.jsonl,
+curves.png, result.json, and checkpoint/, a plain Hugging Face folder plus the optimizer; `report.py` makes a page of
+it. The same command continues a run that was stopped, bit for bit on a CPU: each request's seed is derived from the
+run's seed, the step, the question, the sample and the turn, so there is no other random state to keep.
 """
 
 import errno
@@ -149,7 +149,7 @@ def main(config: Config) -> None:
         sync(planner_engine, policy, run)
         print(f"continuing after step {first_step - 1}")
     else:
-        result["before"] = evaluate(system, test_set, config.temperature, (config.seed, "test"), "test before training")
+        result["before"] = run_test(run, "before", system, test_set, config)
         log(run / "metrics.jsonl", {"step": 0, "test_accuracy": result["before"]["accuracy"]})
 
     stop = StopRequest()
@@ -212,6 +212,9 @@ def main(config: Config) -> None:
         with torch.no_grad():
             with adapter_off(policy, config):
                 ref_logprobs = [forward(ref_policy, batch)[0] if config.kl_coef else None for batch in batches]
+            for batch, ref in zip(batches, ref_logprobs if config.kl_coef else []):
+                for i, row in zip((i for equal_rows in batch for i in equal_rows), ref.tolist()):
+                    turns[i].ref_logprobs = row[: num_tokens[i]]  # for the reader of the run
             # With one update the policy has not moved yet: its log-probs are the old ones, and the ratio is exactly 1.
             old_logprobs = [forward(policy, batch)[0] if config.updates_per_step > 1 else None for batch in batches]
         clock.lap("logprobs")
@@ -286,7 +289,7 @@ def main(config: Config) -> None:
             print(f"stopped after step {step} and saved; the same command continues")
             return
 
-    result["after"] = evaluate(system, test_set, config.temperature, (config.seed, "test"), "test after training")
+    result["after"] = run_test(run, "after", system, test_set, config)
     finish(run, config, result)
     report(run)
 
@@ -321,9 +324,8 @@ def build_trainer(config: Config, device: str) -> tuple[Any, Any, torch.optim.Op
     if config.lora_rank:
         add_adapter(policy, config.lora_rank, config.seed)
     if config.activation_checkpointing:
-        getattr(
-            policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable
-        )()  # the name until 5.2x
+        older_name = policy.gradient_checkpointing_enable
+        getattr(policy, "activation_checkpointing_enable", older_name)()
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
@@ -395,6 +397,16 @@ SMALLER = (
 )
 
 
+def run_test(run: Path, when: str, system: AgentSystem, test_set: list[Example], config: Config) -> dict:
+    """The figures of the test "before" or "after" training; the trajectories behind them are kept in the folder."""
+    pairs, step = [], 0 if when == "before" else config.steps
+    label, key = f"test {when} training", (config.seed, "test")
+    figures = evaluate(system, test_set, config.temperature, key, label, keep=pairs)
+    lines = [json.dumps(record(step, *pair)) + "\n" for pair in pairs]
+    write_atomically(run / f"test_{when}.jsonl", "".join(lines).encode())
+    return figures
+
+
 # --- functions of the step alone: a run that is continued needs no other state ----------------------------------------
 
 
@@ -461,9 +473,11 @@ def record(step: int, example: Example, t: Trajectory) -> dict:
     return {
         "step": step, "question": example.question, "expected": example.answer, "family": example.family,
         "answer": t.answer, "reward": t.reward, "advantage": t.advantage, "analysis": t.memory.analysis,
+        "crash": t.crash,
         "turns": [
             asdict(memory_step)
             | {"completion_ids": turn.completion_ids, "logprobs": [round(x, 4) for x in turn.logprobs]}
+            | {"ref_logprobs": [round(x, 4) for x in turn.ref_logprobs]}
             for memory_step, turn in zip(t.memory.steps, t.turns)
         ],
     }  # fmt: skip

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 import train
 from agent import Memory, Step, Trajectory
 from llm import UserError
+from report import make_page
 from tasks import Example
 from train import Config, questions_of_step
 
@@ -84,7 +85,11 @@ def test_what_a_run_leaves(finished):
     assert metrics[4]["kl"] > 0
     rollouts = [json.loads(line) for line in (finished / "rollouts.jsonl").read_text().splitlines()]
     assert len(rollouts) == 4 * TINY["questions_per_step"] * TINY["group_size"]
-    assert all(len(turn["completion_ids"]) == len(turn["logprobs"]) for r in rollouts for turn in r["turns"])
+    turns = [(r["step"], turn) for r in rollouts for turn in r["turns"]]
+    assert all(len(turn["completion_ids"]) == len(turn["logprobs"]) == len(turn["ref_logprobs"]) for _, turn in turns)
+    changes = [(step, max(abs(a - b) for a, b in zip(turn["logprobs"], turn["ref_logprobs"]))) for step, turn in turns]
+    assert all(change <= 2e-4 for step, change in changes if step == 1)  # to the last digit that is written
+    assert sum(change > 1e-2 for step, change in changes if step == 4) > 20  # of about 45
     result = json.loads((finished / "result.json").read_text())
     keys = {
         "seed",
@@ -96,9 +101,17 @@ def test_what_a_run_leaves(finished):
         "versions",
     }
     assert keys <= set(result)
+    for when in ("before", "after"):
+        test = [json.loads(line) for line in (finished / f"test_{when}.jsonl").read_text().splitlines()]
+        assert sum(r["reward"] for r in test) / len(test) == result[f"test_accuracy_{when}"] and len(test) == 6
+    page = make_page(finished)
+    assert page.count('id="group') == 4 * TINY["questions_per_step"] + 6 and page.count("<script") == page.count(
+        "</script"
+    )
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in finished.iterdir()} == (
         {"config.json", "metrics.jsonl", "rollouts.jsonl", "result.json", "curves.png", "checkpoint"}
+        | {"test_before.jsonl", "test_after.jsonl"}
     )
 
 

@@ -1,0 +1,424 @@
+"""The page of a run, in a real Chromium without network: what it shows, how fast, and that no text of a model runs."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from agent import Memory, Step, Trajectory, Turn
+from report import main, make_page, token_texts
+from tasks import Example
+from train import Config, log, record
+
+BACKBONE = Path(__file__).parent.parent / "tinyworld" / "backbone"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
+
+
+class Browser:
+    """A headless Chromium, driven through its debugging pipe: JSON with a zero byte after it, on files 3 and 4."""
+
+    def __init__(self, profile: str) -> None:
+        (theirs_in, self.to), (self.back, theirs_out) = os.pipe(), os.pipe()
+        self.count, self.rest, self.events = 0, b"", []
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+
+        def as_3_and_4() -> None:
+            high_in, high_out = os.dup(theirs_in), os.dup(theirs_out)  # 3 or 4 may be taken by the other pipe
+            os.dup2(high_in, 3)
+            os.dup2(high_out, 4)
+
+        self.process = subprocess.Popen(
+            [CHROMIUM, *flags, "about:blank"], pass_fds=(3, 4), preexec_fn=as_3_and_4, stderr=subprocess.DEVNULL
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.session = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def receive(self) -> dict:
+        while b"\0" not in self.rest:
+            data = os.read(self.back, 1 << 20)
+            assert data, "Chromium has ended"
+            self.rest += data
+        message, self.rest = self.rest.split(b"\0", 1)
+        return json.loads(message)
+
+    def call(self, method: str, **params) -> dict:
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params}
+        os.write(self.to, json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0")
+        while (answer := self.receive()).get("id") != self.count:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def open(self, url: str) -> None:
+        for address in ("about:blank", url):  # first away: another fragment alone would not load the page anew
+            self.events.clear()
+            self.call("Page.navigate", url=address)
+            while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+                self.events.append(self.receive())
+
+    def js(self, expression: str):
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def press(self, key: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            text = {"text": "\r" if key == "Enter" else key} if kind == "keyDown" and key in ("Enter", "j", "k") else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, **text)
+        self.js("new Promise((done) => setTimeout(done, 50))")  # a changed address is seen a moment later
+
+    def complaints(self) -> list:
+        """Console messages, errors, dialogs, and requests for anything but the page itself."""
+        self.js("new Promise((done) => setTimeout(done, 50))")
+        wrong = (
+            "Runtime.consoleAPICalled",
+            "Runtime.exceptionThrown",
+            "Log.entryAdded",
+            "Page.javascriptDialogOpening",
+        )
+        requests = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
+        return [e for e in self.events if e["method"] in wrong] + requests[1:]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(profile)
+        yield browser
+        browser.call("Page.navigate", url="about:blank")
+        browser.process.kill()
+        browser.process.wait()
+
+
+# --- runs, written as train.py writes them ----------------------------------------------------------------------------
+
+PLAN = "Justification: {who} is unknown.\nContext: Zilath\nSub-Goal: Find the mayor\nTool Name: Search"
+METRICS = {
+    "reward": 0.4, "turns": 2.5, "tool_shares": {"Search": 0.7, "Python_Coder": 0.3}, "tool_error_rate": 0.1,
+    "kl": 0.01, "entropy": 0.2, "tokens_per_turn": 14.0, "t_rollout": 3.0, "t_update": 1.0, "t_eval": 0.5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plan_ids():
+    return AutoTokenizer.from_pretrained(BACKBONE)(PLAN.format(who="the mayor"))["input_ids"]
+
+
+def trajectory(ids: list[int], reward: float, change: float = 0.5, turns: int = 2, text: str = "Pruzek") -> Trajectory:
+    steps = [Step(f"Find {text}", "Search", f'Search(query="{text}")', f"Result: {text}", "STOP") for _ in range(turns)]
+    rows = [Turn([1], ids, [-0.5] * len(ids), ref_logprobs=[-0.5 - change] * len(ids)) for _ in range(turns)]
+    return Trajectory("q", rows, Memory("q", f"Look up {text}.", steps), text, reward, 2 * reward - 1)
+
+
+def write_run(run: Path, groups: list, tests: tuple[list, list] = ((), ()), steps: int = 3) -> Path:
+    """`groups`: (step, example, trajectories); `tests`: (example, trajectory) before and after training."""
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(asdict(Config(steps=steps, model=str(BACKBONE)))))
+    log(run / "metrics.jsonl", {"step": 0, "test_accuracy": 0.2}, *(METRICS | {"step": n + 1} for n in range(steps)))
+    log(run / "rollouts.jsonl", *(record(step, e, t) for step, e, group in groups for t in group))
+    for when, pairs in zip(("before", "after"), tests):
+        log(run / f"test_{when}.jsonl", *(record(0, *pair) for pair in pairs))
+    return run
+
+
+def address(run: Path, fragment: str = "") -> str:
+    (run / "report.html").write_text(make_page(run), encoding="utf-8")
+    return (run / "report.html").as_uri() + fragment
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, plan_ids):
+    """Three steps of two questions, one of which comes back in step 3; one test question that is learned, one lost."""
+    mayor, year = Example("Who is the mayor?", "Pruzek", "lookup"), Example("Which year?", "1900", "two-hop")
+    mixed = [trajectory(plan_ids, 1, turns=1), trajectory(plan_ids, 0, -1.5, turns=3), trajectory(plan_ids, 0, 0.0)]
+    groups = [(1, mayor, mixed), (1, year, [trajectory(plan_ids, 0)] * 3), (3, mayor, [trajectory(plan_ids, 1)] * 3)]
+    before = [(mayor, trajectory(plan_ids, 0)), (year, trajectory(plan_ids, 1))]
+    after = [(mayor, trajectory(plan_ids, 1)), (year, trajectory(plan_ids, 0))]
+    return write_run(tmp_path_factory.mktemp("runs") / "small", groups, (before, after))
+
+
+ROWS = "[...document.querySelectorAll('#rows tr')].map((row) => [...row.cells].map((cell) => cell.textContent.trim()))"
+SHOWN = "document.getElementById('question').innerText"
+
+
+# --- in the browser ---------------------------------------------------------------------------------------------------
+
+
+@needs_chromium
+def test_5000_trajectories_load_in_2_seconds(browser, tmp_path, plan_ids):
+    group = [trajectory(plan_ids, n % 2, turns=4) for n in range(8)]
+    groups = [(n // 15, Example(f"Question {n}?", "Pruzek", f"family {n % 6}"), group) for n in range(600)]
+    test = [(Example(f"Test {n}?", "Pruzek"), group[0]) for n in range(100)]
+    browser.open(address(write_run(tmp_path / "run", groups, (test, test), steps=40)))
+    total, seconds = re.findall(r"\d+(?:\.\d+)?", browser.js("document.getElementById('built').textContent"))
+    assert int(total) == 5000 and float(seconds) < 2
+    assert len(browser.js(ROWS)) == 100 and browser.js("document.getElementById('count').textContent") == "700 of 700"
+    assert len(browser.js("document.getElementById('more').click(), " + ROWS)) == 200
+    assert browser.complaints() == []
+
+
+HOSTILE = [
+    "<script>document.title = 'ran'</script>",
+    "</script><script>document.title = 'ran'</script>",
+    "<img src=x onerror=\"document.title = 'ran'\">",
+    "<!-- <script>",
+    "]]> {{data}} <!-- DATA --> POLICY ${document.title='ran'} `",
+    "javascript:document.title='ran'",
+    "line\u2028end\u2029 and a tab\t and &lt;b&gt; and \\u003c",
+]
+
+
+@needs_chromium
+@pytest.mark.parametrize("text", HOSTILE)
+def test_markup_is_shown_and_not_run(browser, tmp_path, plan_ids, text):
+    hostile = trajectory(plan_ids, 1, text=text)
+    hostile.crash = text
+    groups = [(1, Example(f"Q {text}", text, text), [hostile, trajectory(plan_ids, 0)])]
+    url = address(write_run(tmp_path / "run", groups))
+    shown = text.replace("\u2028", "\\u{2028}").replace("\u2029", "\\u{2029}")
+    browser.open(url)
+    assert browser.js(ROWS)[0][:2] == [f"Q {shown}".strip(), shown.strip()]
+    browser.open(url + "#q=0")
+    assert browser.js("document.querySelector('#question').textContent").count(shown) == 12  # each field of the record
+    assert browser.js("document.title") == " ".join(f"Q {shown}".split())
+    assert browser.js("document.querySelectorAll('script').length") == 3  # the page's own: run, group0 and the code
+    assert browser.js("document.querySelectorAll('img').length") == 0
+    assert browser.complaints() == []
+
+
+@needs_chromium
+def test_characters_without_a_shape_are_shown_by_their_code(browser, tmp_path, plan_ids):
+    text = "a\u202eb\u200bc\x1b[2Jd\ufeff\u3164\ud800e שלום 👍 é"
+    run = write_run(tmp_path / "run", [(1, Example("Q", "A"), [trajectory(plan_ids, 1, text=text)])])
+    browser.open(address(run, "#q=0"))
+    assert browser.js("document.querySelector('header strong').textContent") == (
+        "a\\u{202e}b\\u{200b}c\\u{1b}[2Jd\\u{feff}\\u{3164}\\u{d800}e שלום 👍 é"
+    )
+    assert browser.complaints() == []
+
+
+@needs_chromium
+def test_the_policy_lets_nothing_in_or_out(browser, small):
+    """Even a script that had got into the page could not run; and the page's own could not call home."""
+    hits = []
+
+    class Home(BaseHTTPRequestHandler):
+        def do_GET(self):
+            hits.append(self.path)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Home)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home = f"http://127.0.0.1:{server.server_port}"
+    browser.open(address(small))
+    browser.js(f"""(async () => {{
+        const add = (name, properties) => document.body.append(Object.assign(document.createElement(name), properties));
+        add("script", {{ textContent: "document.title = 'ran'" }});
+        add("script", {{ src: "{home}/script" }});
+        add("img", {{ src: "{home}/img" }});
+        add("iframe", {{ src: "{home}/iframe" }});
+        add("link", {{ rel: "stylesheet", href: "{home}/css" }});
+        add("link", {{ rel: "icon", href: "{home}/icon" }});
+        add("div", {{ innerHTML: "<b onclick=\\"document.title = 'ran'\\">" }});
+        document.querySelector("b").click();
+        navigator.sendBeacon("{home}/beacon");
+        try {{ new WebSocket("ws://127.0.0.1:{server.server_port}/socket"); }} catch {{}}
+        await fetch("{home}/fetch", {{ mode: "no-cors" }}).catch(() => null);
+        await new Promise((done) => setTimeout(done, 300));
+    }})()""")
+    server.shutdown()
+    assert hits == [] and browser.js("document.title") == "Run small"
+
+
+@needs_chromium
+def test_a_question_shows_its_trajectories_side_by_side(browser, small, plan_ids):
+    browser.open(address(small, "#q=2"))
+    shown = browser.js(SHOWN)
+    for text in ("Who is the mayor?", "Expected: Pruzek", "Step 1: mean reward 0.33 of 3", "advantage −1.00", "STOP"):
+        assert text in shown
+    assert browser.js("[...document.querySelectorAll('#question h3')].map((x) => x.textContent)") == (
+        ["Step 1: mean reward 0.33 of 3", "Step 3: mean reward 1.00 of 3"]  # before and after
+    )
+    sections = "[...document.querySelectorAll('.columns')[0].children].map((x) => x.querySelectorAll('section'))"
+    assert browser.js(f"{sections}.map((x) => x.length)") == [1, 3, 2]
+    tops = browser.js(f"{sections}.map((x) => x[0].getBoundingClientRect().top)")
+    assert len(set(tops)) == 1  # turn beside turn
+    lefts = browser.js(f"{sections}.map((x) => x[0].getBoundingClientRect().left)")
+    assert lefts == sorted(set(lefts))
+    # The tokens are those of the planner, and their colours say what training changed: more likely, less, the same.
+    texts = browser.js("[...document.querySelectorAll('.tokens')].map((x) => x.textContent)")
+    assert texts[0].replace("↵", "") == PLAN.format(who="the mayor")
+    colours = browser.js(f"{sections}.map((x) => getComputedStyle(x[0].querySelector('.token')).backgroundColor)")
+    alphas = [float(re.search(r"/ ([\d.]+)\)", colour)[1]) for colour in colours]
+    assert alphas == pytest.approx([0.1125, 0.3375, 0.0], abs=0.005) and len(set(colours)) == 3
+    assert f"all tokens: +{0.5 * len(plan_ids):.2f} nats" in shown
+    assert browser.complaints() == []
+
+
+@needs_chromium
+def test_before_and_after_of_a_test_question(browser, small):
+    browser.open(address(small, "#q=0"))
+    names = browser.js("[...document.querySelectorAll('article')].map((x) => x.querySelector('header').innerText)")
+    assert [name.split("\n")[0] for name in names] == ["Before training", "After training"]
+    assert "✗ reward 0" in names[0] and "✓ reward 1" in names[1] and "advantage" not in "".join(names)
+
+
+@needs_chromium
+def test_filter_and_sort(browser, small):
+    browser.open(address(small))
+    assert [row[1:] for row in browser.js(ROWS)] == [
+        ["two-hop", "test", "1 → 0"],
+        ["two-hop", "1", "0.00"],
+        ["lookup", "1", "0.33"],
+        ["lookup", "test", "0 → 1"],
+        ["lookup", "3", "1.00"],
+    ]
+    sort = "document.querySelectorAll('th button')[{}].click(), " + ROWS
+    assert [row[2] for row in browser.js(sort.format(2))] == ["1", "1", "3", "test", "test"]
+    assert [row[2] for row in browser.js(sort.format(2))] == ["test", "test", "3", "1", "1"]
+    assert browser.js("[...document.querySelectorAll('th')].map((x) => x.ariaSort)")[2:] == ["descending", "none"]
+    choose = "document.forms[0].{}.value = '{}', document.forms[0].dispatchEvent(new Event('input')), " + ROWS
+    assert [row[3] for row in browser.js(choose.format("reward", "test: better after training"))] == ["0 → 1"]
+    assert [row[3] for row in browser.js(choose.format("reward", "test: worse after training"))] == ["1 → 0"]
+    assert [row[3] for row in browser.js(choose.format("reward", "none right"))] == ["0.00"]
+    assert len(browser.js(choose.format("reward", ""))) == 5
+    assert len(browser.js(choose.format("family", "lookup"))) == 3
+    assert len(browser.js(choose.format("from", "training"))) == 2
+    assert browser.js(choose.format("search", "WHICH")) == []
+
+
+@needs_chromium
+def test_with_the_keyboard_alone(browser, small):
+    browser.open(address(small))
+    focus = "document.activeElement.textContent"
+    for _ in range(30):
+        browser.press("Tab")
+        if browser.js("document.activeElement.closest('#rows') !== null"):
+            break
+    assert browser.js(focus) == "Which year?"
+    browser.press("Enter")
+    assert browser.js("location.hash") == "#q=1" and browser.js(focus) == "Which year?"
+    browser.press("j")
+    browser.press("j")
+    assert browser.js("location.hash") == "#q=2"
+    browser.press("k")
+    browser.press("k")
+    browser.press("k")
+    assert browser.js("location.hash") == "#q=1"  # the first of the list
+    browser.js("document.querySelector('.tokens').focus()")
+    browser.press("ArrowRight")
+    browser.press("ArrowRight")
+    assert "log-prob −0.50, −1.00 under the initial policy: +0.50" in browser.js(SHOWN)
+    browser.press("Escape")
+    assert browser.js("document.getElementById('question').hidden") and browser.js(focus) == "Which year?"
+    assert browser.complaints() == []
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_in_both_schemes(browser, small, scheme):
+    """Nothing sticks out of a narrow screen, and text has a contrast of at least 4.5 (WCAG AA)."""
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    browser.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
+
+    def colour(selector: str, name: str) -> list[float]:
+        """[red, green, blue, alpha], of `rgb(27, 28, 32)` or `color(srgb 0.1 0.4 0.8 / 0.5)`."""
+        css = browser.js(f"getComputedStyle(document.querySelector('{selector}')).{name}")
+        numbers = [float(x) for x in re.findall(r"[\d.]+", css)]
+        return [x / 255 for x in numbers[:3]] + [1.0] if css.startswith("rgb(") else numbers
+
+    def luminance(rgb: list[float]) -> float:
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgb]
+        return sum(weight * x for weight, x in zip((0.2126, 0.7152, 0.0722), linear))
+
+    for fragment, selectors in (
+        ("", ("h1", "p.soft", "td a")),
+        ("#q=2", ("dt", "dd", "p .right", "p .wrong", ".badge")),
+    ):
+        browser.open(address(small, fragment))
+        assert browser.js("document.documentElement.scrollWidth") <= 360
+        panel = colour("article" if fragment else "body", "backgroundColor")
+        assert (luminance(panel[:3]) < 0.1) == (scheme == "dark")
+        for selector in selectors:
+            *text, _ = colour(f"main:not([hidden]) {selector}", "color")
+            behind = panel
+            if selector == ".badge":  # of the deepest colour, half transparent
+                *top, alpha = colour(selector, "backgroundColor")
+                behind = [alpha * x + (1 - alpha) * y for x, y in zip(top, panel)]
+            lights = sorted((luminance(text), luminance(behind[:3])))
+            assert (lights[1] + 0.05) / (lights[0] + 0.05) >= 4.5, selector
+    browser.call("Emulation.clearDeviceMetricsOverride")
+    browser.call("Emulation.setEmulatedMedia", features=[])
+
+
+@needs_chromium
+def test_learning_curves(browser, small):
+    browser.open(address(small))
+    labels = browser.js(
+        "[...document.querySelectorAll('#curves svg[role=img]')].map((x) => x.getAttribute('aria-label'))"
+    )
+    assert labels[0].startswith("Reward and accuracy (share): training reward from 0.4 to 0.4")
+    assert len(labels) == 6 and "test accuracy from 0.2 to 0.2" in labels[0] and "nats a token" in labels[3]
+    first = "document.querySelector('#curves .s0')"
+    assert browser.js(f"{first}.querySelectorAll('circle').length") == 3
+    x = browser.js(f"[...{first}.querySelectorAll('circle')].map((c) => Number(c.getAttribute('cx')))")
+    y = browser.js(f"{first}.querySelector('circle').getAttribute('cy')")
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1]) and float(y) == pytest.approx(170 - 0.4 * 152)
+
+
+# --- without a browser ------------------------------------------------------------------------------------------------
+
+
+def test_token_texts_add_up_to_the_completion(plan_ids):
+    texts = token_texts(set(plan_ids), Path("nowhere"), str(BACKBONE))
+    assert "".join(texts[i] for i in plan_ids) == PLAN.format(who="the mayor")
+
+
+def test_a_run_that_goes_on_or_was_interrupted(small, tmp_path):
+    run = shutil.copytree(small, tmp_path / "run")
+    (run / "test_after.jsonl").unlink()
+    with (run / "rollouts.jsonl").open("a") as file:
+        file.write('{"step": 3, "quest')
+    log(run / "metrics.jsonl", METRICS | {"step": 4, "kl": math.nan})
+    page = make_page(run)
+    assert '"rewards":[0],"test":true' in page and '"rewards":[1],"test":true' in page  # before alone
+    assert '"kl":null' in page and "NaN" not in page
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda run: (run / "config.json").unlink(), "not the folder of a run"),
+        (lambda run: [path.unlink() for path in run.glob("*.jsonl")], "no trajectories yet"),
+        (lambda run: (run / "rollouts.jsonl").write_text('{"step"\n{}\n'), "rollouts.jsonl:1 is damaged"),
+        (lambda run: (run / "config.json").write_text('{"model": "no/such/model"}'), "cannot load the tokenizer"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(small, tmp_path, monkeypatch, capsys, spoil, said):
+    run = shutil.copytree(small, tmp_path / "run")
+    spoil(run)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
