@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+MAX_LOGITS = 2**26  # of a chunk, 256 MiB in float32: a larger vocabulary takes smaller chunks, not more memory
+
 
 def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     """Eq. 7: rewards (P, G) -> advantages (P, G). One number per trajectory, so turns cannot enter the statistics."""
@@ -151,6 +153,7 @@ def token_logprobs(
 
     # (N, V) would be the largest tensor by far: 8,192 tokens of a vocabulary of 152k take 5 GB, and several copies of
     # it. Chunks bound it in the forward pass, and recomputing each chunk's logits in the backward pass bounds it there.
+    chunk_size = min(chunk_size, max(1, MAX_LOGITS // model.lm_head.weight.shape[0]))
     pairs = zip(states.split(chunk_size), targets.split(chunk_size))
     chunks = [checkpoint(head, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
     logprobs, entropy = (torch.cat(parts) for parts in zip(*chunks))  # (N,), (N,)

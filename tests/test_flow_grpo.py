@@ -503,6 +503,18 @@ def test_logits_exist_for_completion_tokens_only_and_a_chunk_at_a_time(model):
     assert sum(seen) == 2 * total and max(seen) == 8  # where each chunk is computed once more
 
 
+def test_a_larger_vocabulary_takes_no_more_memory(model, monkeypatch):
+    """C x V stays below the limit, so the logits of a chunk weigh the same for every vocabulary."""
+    prompts, completions = ragged_rows()
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr("flow_grpo.MAX_LOGITS", 5 * VOCAB)
+        hook = model.lm_head.register_forward_hook(lambda _, inputs, logits: seen.append(logits.numel()))
+        token_logprobs(model, prompts, completions)
+        hook.remove()
+    assert max(seen) == 5 * VOCAB
+
+
 def test_gradient_flows_through_completion_positions_only(model):
     prompts, completions = ragged_rows()
     kept = []

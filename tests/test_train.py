@@ -288,7 +288,7 @@ def test_a_kill_while_saving_leaves_a_checkpoint(finished, tmp_path, monkeypatch
                 patch.setattr(owner, name, step)
             with pytest.raises(Killed):
                 train.save(run, 5, policy, tokenizer, optimizer, {})
-        assert train.resume(run, policy, torch.optim.AdamW(policy.parameters()))[0] in (5, 6)
+        assert train.resume(run, policy, torch.optim.AdamW(policy.parameters()), Config())[0] in (5, 6)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
