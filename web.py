@@ -26,19 +26,19 @@ import os
 import re
 import socket
 import ssl
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import lxml.html
 import requests
-from lxml.etree import LxmlError, strip_elements
+from lxml.etree import LxmlError, iterwalk, strip_elements
 
 from llm import UserError
 from tools import TOOLS, Corpus, Failure, ToolEnv
@@ -46,6 +46,8 @@ from tools import TOOLS, Corpus, Failure, ToolEnv
 USER_AGENT = "nano-agentflow/1 (https://arxiv.org/abs/2510.05592) python-requests"  # Wikipedia wants to know
 GOOGLE_KEYS = ("GOOGLE_API_KEY", "GEMINI_API_KEY")  # environment variables; the first that is set
 THREADS = 64  # requests under way at once; asyncio's own pool has six on two cores
+SERVICE_S = 60  # a service may be silent for: a grounded answer takes its time
+NETWORK_FAULTS = (socket.EAI_AGAIN, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH)
 MAX_REDIRECTS = 5
 MAX_WAIT_S = 30  # before another attempt, whatever the service asks for
 ARTICLES = 3  # of Wikipedia, read whole for one query
@@ -84,7 +86,7 @@ class Web:
         frozen: bool = False,  # answer from the cache alone, without network
         summary: bool = False,  # a frozen model sums the passages up
         allow_private: bool = False,  # pages on private and loopback addresses too
-        timeout_s: float = 20.0,  # of a whole page; of each wait for a service
+        timeout_s: float = 20.0,  # of a whole page, and of connecting to a service
         max_bytes: int = 2_000_000,  # of a page; the rest is left out
         waits_s: tuple[float, ...] = (1.0, 4.0),  # before the second attempt, and the third
         wikipedia: str = "https://en.wikipedia.org/w/api.php",
@@ -103,8 +105,11 @@ class Web:
         self.session.headers["User-Agent"] = USER_AGENT
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=THREADS))
-        self.tls = ssl.create_default_context(cafile=requests.certs.where())
         self._locks: dict[str, threading.Lock] = {}  # of each request: a group asks the same thing, once is enough
+
+    @cached_property
+    def tls(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=requests.certs.where())
 
     async def in_thread(self, function: Callable, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
@@ -130,7 +135,8 @@ class Web:
                 if "answer" in entry or (self.frozen and "error" in entry):
                     return entry
             if self.frozen:
-                raise UserError(f"{self.cache} has no answer to {request}: run once without --web_frozen to store it")
+                what = repr(request)[:300]
+                raise UserError(f"{self.cache} has no answer to {what}: run once without --web_frozen to store it")
             try:
                 entry = {"request": request, "answer": fetch()}
             except PageError as error:
@@ -144,9 +150,9 @@ class Web:
     def _write(self, path: Path, data: bytes) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-                file.write(data)
-            os.replace(file.name, path)
+            partial = Path(f"{path}.partial-{os.getpid()}")
+            partial.write_bytes(data)
+            partial.replace(path)
         except OSError as error:
             raise UserError(f"cannot write to the web cache {self.cache} ({error}): free some space") from None
 
@@ -166,10 +172,9 @@ class Web:
         name, headers = urlsplit(url).netloc, {"x-goog-api-key": key} if key else {}
 
         def call() -> Any:
-            try:  # no redirects: the key would go along
-                response = self.session.request(
-                    method, url, headers=headers, timeout=self.timeout_s, allow_redirects=False, **request
-                )
+            limits = {"timeout": (self.timeout_s, SERVICE_S), "allow_redirects": False}  # the key would go along
+            try:
+                response = self.session.request(method, url, headers=headers, **limits, **request)
             except (requests.RequestException, UnicodeError) as error:  # its text may hold a key that is no header
                 raise Passing(type(error).__name__) from None
             status, wait_s = response.status_code, response.headers.get("Retry-After", "")
@@ -195,28 +200,27 @@ class Web:
 
     def wikipedia_search(self, query: str) -> list[int]:
         """Page ids, the best first."""
-
-        def read(answer: dict) -> list[int]:
-            if "error" in answer:  # with status 200
-                of_query = re.search("query|regex|syntax", answer["error"]["code"])
-                raise (PageError if of_query else Passing)(f"Wikipedia: {answer['error']['info']}")
-            return [hit["pageid"] for hit in answer["query"]["search"]]
-
         what = {"list": "search", "srsearch": query, "srlimit": ARTICLES, "srprop": ""}
-        return self._mediawiki(read, what)
+        return self._mediawiki(lambda found: [hit["pageid"] for hit in found["search"]], what)
 
     def wikipedia_article(self, page: int) -> dict:
         """{url, title, text} of a whole article; the service gives out only one at a time."""
 
-        def read(answer: dict) -> dict:
-            found = answer["query"]["pages"][0]
-            return {"url": found["fullurl"], "title": found["title"], "text": found.get("extract", "")}
+        def read(found: dict) -> dict:
+            article = found["pages"][0]  # without text when it has just been deleted
+            return {"url": article.get("fullurl"), "title": article.get("title"), "text": article.get("extract", "")}
 
         return self._mediawiki(read, {"prop": "extracts|info", "explaintext": 1, "inprop": "url", "pageids": page})
 
     def _mediawiki(self, read: Callable[[dict], Any], what: dict) -> Any:
+        def checked(answer: dict) -> Any:
+            if "error" in answer:  # with status 200
+                of_query = re.search("query|regex|syntax", answer["error"]["code"])
+                raise (PageError if of_query else Passing)(f"Wikipedia: {answer['error']['info']}")
+            return read(answer["query"])
+
         common = {"action": "query", "format": "json", "formatversion": 2}
-        return self.service(read, "GET", self.wikipedia, params=common | what)
+        return self.service(checked, "GET", self.wikipedia, params=common | what)
 
     def google(self, query: str) -> str:
         """Gemini's answer grounded in Google's search, as the authors use it; plain results with a GOOGLE_CSE_ID."""
@@ -282,7 +286,7 @@ class Web:
 
     def _fault(self, host: str, error: Exception) -> Exception:
         """A dead host is the model's choice. Of a dead network it has none: then Wikipedia is out of reach as well."""
-        if isinstance(error, OSError) and error.errno in (socket.EAI_AGAIN, errno.ENETUNREACH, errno.ENETDOWN):
+        if isinstance(error, OSError) and error.errno in NETWORK_FAULTS:
             known = urlsplit(self.wikipedia)
             try:
                 socket.create_connection((known.hostname, port_of(known)), self.timeout_s).close()
@@ -342,8 +346,10 @@ def is_public(address: str) -> bool:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 NO_TEXT = ("script", "style", "noscript", "template", "svg", "nav", "footer")
-BLOCKS = """address article blockquote br dd div dl dt figcaption h1 h2 h3 h4 h5 h6 header hr li main ol option p pre
+BLOCKS = set(
+    """address article blockquote br dd div dl dt figcaption h1 h2 h3 h4 h5 h6 header hr li main ol option p pre
             section table td th title tr ul""".split()
+)
 
 
 def readable(body: bytes, content_type: str) -> tuple[str, str]:
@@ -352,14 +358,16 @@ def readable(body: bytes, content_type: str) -> tuple[str, str]:
     title = ""
     if kind in ("text/html", "application/xhtml+xml"):
         try:
-            tree = lxml.html.document_fromstring(body, parser=lxml.html.HTMLParser(encoding=encoding))
+            parser = lxml.html.HTMLParser(encoding=encoding, remove_comments=True, remove_pis=True)
+            tree = lxml.html.document_fromstring(body, parser=parser)
         except LxmlError:
             raise PageError("it is empty") from None
         title = " ".join((tree.findtext(".//title") or "").split())
         strip_elements(tree, "title", *NO_TEXT, with_tail=False)
-        for block in tree.iter(*BLOCKS):  # only these part words: H<sub>2</sub>O is one
-            block.text, block.tail = f"\n{block.text or ''}", f"\n{block.tail or ''}"
-        text = tree.text_content()
+        text = ""
+        for event, element in iterwalk(tree, ("start", "end")):
+            text += "\n" * (element.tag in BLOCKS)  # only these part words: H<sub>2</sub>O is one
+            text += (element.text if event == "start" else element.tail) or ""
     elif kind.startswith("text/") or re.search(r"\b(json|xml|javascript)$", kind):
         text = body.decode(encoding, errors="replace")
     else:
@@ -432,7 +440,7 @@ def read_grounded(answer: dict) -> str:
         raise PageError(f"Google gives no answer ({answer.get('promptFeedback', {}).get('blockReason', 'no reason')})")
     candidate = answer["candidates"][0]
     parts = candidate.get("content", {}).get("parts", [])
-    text = "".join(part.get("text", "") for part in parts if not part.get("thought")).encode()
+    text = "".join(part.get("text", "") for part in parts if not part.get("thought")).encode(errors="replace")
     grounding = candidate.get("groundingMetadata", {})
     for support in sorted(grounding.get("groundingSupports", []), key=lambda s: -s["segment"].get("endIndex", 0)):
         end = support["segment"].get("endIndex", 0)  # in bytes

@@ -437,6 +437,7 @@ CAFE, TOKYO = "Café “Zürich” – naïve", "東京タワー"
         (b"a <b> is\n kept", "text/plain", "a <b> is\nkept"),
         (CAFE.encode("cp1252"), "text/plain", CAFE),
         (TOKYO.encode("euc-jp"), "text/plain; charset=euc-jp", TOKYO),
+        (b"<p>a\x01\x0b\x1b[31mb<!-- x -->c<?php y ?>d", "text/html", "a\x01\n\x1b[31mbcd"),
         (b'{"a": 1}', "application/json", '{"a": 1}'),
         (b"<a>1</a>", "application/rss+xml", "<a>1</a>"),
     ],
