@@ -150,7 +150,7 @@ class Web:
     def _write(self, path: Path, data: bytes) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(f"{path}.partial-{os.getpid()}")
+            partial = Path(f"{path}.partial-{os.getpid()}-{threading.get_ident()}")
             partial.write_bytes(data)
             partial.replace(path)
         except OSError as error:

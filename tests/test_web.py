@@ -523,7 +523,7 @@ def test_of_an_endless_page_the_beginning_is_read(server, client):
     server.pages["/"] = raw(
         OK_LINE, b"Transfer-Encoding: chunked\r\n\r\n", forever=b"1000\r\n" + b"zither " * 585 + b"z\r\n"
     )
-    assert read(client(max_bytes=300_000), f"{server.url}/?2", "zither")[1] or True
+    assert read(client(max_bytes=300_000), f"{server.url}/?2", "zither")[1]
     server.pages["/"] = raw(OK_LINE, b"Content-Length: 99999999999\r\n\r\n", forever=b"<p>zither " * 4096)
     assert read(client(max_bytes=300_000), f"{server.url}/?3", "zither")[1]
 
