@@ -10,11 +10,11 @@ Only the planner is trained. Everything else goes through `env.ask`, a frozen mo
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm import Completion, EngineError, Lockstep, Request, derive_seed
+from llm import Completion, EngineError, Lockstep, Request, UserError, derive_seed
 from tools import TOOLS, CommandError, ToolEnv, parse_command, run_tool, tool_metadata
 
 # --- what a question leaves behind ------------------------------------------------------------------------------------
@@ -145,11 +145,11 @@ _LABEL = re.compile(
 )
 
 
-def parse_plan(text: str) -> Plan:
+def parse_plan(text: str, tools: Iterable[str] = TOOLS) -> Plan:
     """Read the labelled lines; a label that appears twice counts once, the last time. Raises `PlanError`."""
     parts = _LABEL.split(text)  # [before, label, value, label, value, ...]
     fields = {re.sub(r"[- _]", "", label.lower()): value for label, value in zip(parts[1::2], parts[2::2])}
-    tool = _first_word_line(fields.get("toolname", fields.get("tool", "")))
+    tool = _first_word_line(fields.get("toolname", fields.get("tool", "")), tools)
     sub_goal = " ".join(_strip_markup(fields.get("subgoal", "")).split())
     if not sub_goal:
         raise PlanError("The plan has no Sub-Goal line.")
@@ -163,11 +163,11 @@ def _strip_markup(value: str) -> str:
     return re.sub(r"^```.*$", "", value, flags=re.MULTILINE).strip().strip("*`_ \t\n")
 
 
-def _first_word_line(value: str) -> str:
+def _first_word_line(value: str, tools: Iterable[str]) -> str:
     """The tool's name: the first word of the first line that has one, so that chatter after it does no harm."""
     match = re.search(r"[A-Za-z]\w*(?:[ -][A-Z]\w*)*", _strip_markup(value).split("\n")[0])
     name = re.sub(r"[ -]", "_", match.group()) if match else ""
-    return next((known for known in TOOLS if known.lower() == name.lower().removesuffix("_tool")), name)
+    return next((known for known in tools if known.lower() == name.lower().removesuffix("_tool")), name)
 
 
 # --- executor (frozen): a sub-goal becomes one tool call --------------------------------------------------------------
@@ -185,15 +185,15 @@ Sub-Goal: {sub_goal}"""
 
 async def execute(question: str, plan: Plan, env: ToolEnv) -> Step:
     """Make the command for a plan and run it. A mistake becomes the step's result."""
-    if plan.tool not in TOOLS:
-        result = f"Error: there is no tool {plan.tool}. Use one of: {', '.join(TOOLS)}."
+    if plan.tool not in env.tools:
+        result = f"Error: there is no tool {plan.tool}. Use one of: {', '.join(env.tools)}."
         return Step(plan.sub_goal, plan.tool, "", result, error="tool")
     prompt = EXECUTOR_PROMPT.format(
-        tool=tool_metadata(TOOLS[plan.tool]), question=question, context=plan.context, sub_goal=plan.sub_goal
+        tool=tool_metadata(env.tools[plan.tool]), question=question, context=plan.context, sub_goal=plan.sub_goal
     )
     text = await env.ask("executor", prompt)
     try:
-        command = parse_command(text)
+        command = parse_command(text, env.tools)
     except CommandError as error:
         return Step(plan.sub_goal, plan.tool, text.strip(), f"Error: {error}", error="command")
     result, ok = await run_tool(env, command)
@@ -254,7 +254,7 @@ async def solve(
     `planner(prompt)` samples the trained policy; `env.ask(role, prompt)` asks the frozen model that plays all the other
     modules, and `env` holds what the tools need. A coroutine for one question: engines batch whatever is pending.
     """
-    tools = toolbox()
+    tools = toolbox(env.tools)
     memory = Memory(question, result_chars=result_chars)  # M^1: the question, and its analysis
     memory.analysis = (await env.ask("analyst", ANALYST_PROMPT.format(tools=tools, question=question))).strip()
     turns = []
@@ -267,7 +267,7 @@ async def solve(
 
         # The executor turns the sub-goal into a command and runs the tool: e^t.
         try:
-            step = await execute(question, parse_plan(action.text), env)
+            step = await execute(question, parse_plan(action.text, env.tools), env)
         except PlanError as error:
             step = Step("none", "none", "none", f"Error: {error}", error="format")
         memory.steps.append(step)
@@ -286,9 +286,9 @@ async def solve(
     return Trajectory(question, turns, memory, answer)
 
 
-def toolbox() -> str:
+def toolbox(tools: dict[str, Callable] = TOOLS) -> str:
     """K: what the planner is told about its tools."""
-    return "\n".join(tool_metadata(tool) for tool in TOOLS.values())
+    return "\n".join(tool_metadata(tool) for tool in tools.values())
 
 
 # --- many questions at once -------------------------------------------------------------------------------------------
@@ -306,6 +306,8 @@ class AgentSystem:
     max_planner_tokens: int = 64
     max_frozen_tokens: int = 64
     result_chars: int = 400
+    tools: dict[str, Callable] = field(default_factory=lambda: TOOLS)
+    web: Any = None  # the client of the web tools
 
     def rollout(
         self,
@@ -339,10 +341,9 @@ class AgentSystem:
                 return (await lockstep.generate(self.frozen, request, order)).text
 
             try:
-                return await solve(
-                    questions[p], planner, ToolEnv(ask, self.corpus, self.sandbox), self.max_turns, self.result_chars
-                )
-            except EngineError:
+                env = ToolEnv(ask, self.corpus, self.sandbox, self.tools, self.web)
+                return await solve(questions[p], planner, env, self.max_turns, self.result_chars)
+            except (EngineError, UserError):
                 raise
             except Exception as error:
                 if not keep_crashed:

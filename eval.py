@@ -9,7 +9,7 @@ import math
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from judge import RULES
 from llm import EngineError, UserError, best_device, open_engine
 from tasks import Example, load_corpus, load_examples
 from tools import TOOLS, Sandbox
+from web import WEB_TOOLS, Web, select_tools
 
 
 def setting(default: Any, help: str) -> Any:
@@ -69,6 +70,11 @@ class EvalConfig:
     max_planner_tokens: int = setting(64, "tokens of one planner completion, at most")
     max_frozen_tokens: int = setting(64, "tokens of one completion of a frozen module, at most")
     result_chars: int = setting(400, "characters of a tool result in the memory; longer ones are cut in the middle")
+    tools: list[str] = setting(list(TOOLS), f"tools on offer, in this order; there are also {', '.join(WEB_TOOLS)}")
+    web_cache: str = setting("web_cache", "folder where the web tools store what they fetched; empty: nowhere")
+    web_frozen: bool = setting(False, "the web tools answer from web_cache alone; what it lacks stops the run")
+    web_summary: bool = setting(False, "a frozen module sums up the passages that the web tools find")
+    web_private: bool = setting(False, "Web_Search may open private and loopback addresses")
     seed: int = setting(0, "seed of the sampling")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     output: str = setting("eval.json", "file for the figures; empty: none")
@@ -101,7 +107,7 @@ def evaluate(
     for family in sorted({example.family for example in examples}):
         hits = [reward for reward, example in zip(rewards, examples) if example.family == family]
         by_family[family] = accuracy(hits)
-    return {**accuracy(rewards), "by_family": by_family, **behaviour(trajectories)}
+    return {**accuracy(rewards), "by_family": by_family, **behaviour(trajectories, system.tools)}
 
 
 def accuracy(rewards: list[float]) -> dict[str, Any]:
@@ -109,14 +115,14 @@ def accuracy(rewards: list[float]) -> dict[str, Any]:
     return {"accuracy": sum(rewards) / n, "interval": wilson(sum(rewards), n), "n": n}
 
 
-def behaviour(trajectories: list[Trajectory]) -> dict[str, Any]:
+def behaviour(trajectories: list[Trajectory], offered: Iterable[str] = TOOLS) -> dict[str, Any]:
     """How the planner worked: turns, tools (share of turns), and turns that ended in a mistake of the model."""
     steps = [step for trajectory in trajectories for step in trajectory.memory.steps]
     tools, errors = Counter(step.tool for step in steps), Counter(step.error for step in steps if step.error)
     total = max(1, len(steps))
     return {
         "turns": len(steps) / len(trajectories),
-        "tool_shares": {tool: tools[tool] / total for tool in TOOLS},
+        "tool_shares": {tool: tools[tool] / total for tool in offered},
         "tool_error_rate": sum(errors.values()) / total,
         "format_error_rate": errors["format"] / total,
         "crashed": sum(bool(trajectory.crash) for trajectory in trajectories),
@@ -147,7 +153,7 @@ def table(results: dict[str, dict]) -> str:
         )
         rows.append((f"  {family} (n = {figures['n']})", *cells))
     rows.append(("turns a question", *(f"{r['turns']:5.2f}" for r in results.values())))
-    rows += [(f"  {tool}", *(share(r["tool_shares"][tool]) for r in results.values())) for tool in TOOLS]
+    rows += [(f"  {tool}", *(share(r["tool_shares"][tool]) for r in results.values())) for tool in first["tool_shares"]]
     rows.append(("turns with an error", *(share(r["tool_error_rate"]) for r in results.values())))
     if any(r["crashed"] for r in results.values()):
         rows.append(("crashed questions", *(str(r["crashed"]) for r in results.values())))
@@ -162,6 +168,8 @@ def planner_folder(path: str) -> str:
 
 
 def main(config: EvalConfig) -> None:
+    web = Web(config.web_cache, config.web_frozen, config.web_summary, config.web_private)
+    tools = select_tools(config.tools, web)
     device = best_device(config.device)
     examples = load_examples(config.task, config.split)[: config.questions or None]
     if config.dtype not in ("auto", "float32", "bfloat16"):
@@ -175,7 +183,7 @@ def main(config: EvalConfig) -> None:
     results = {}
     for path in config.planners:
         planner = open_engine(config.engine, planner_folder(path), device, dtype, config.tokenizer, **vllm)
-        system = AgentSystem(planner, frozen, corpus, sandbox, *limits)
+        system = AgentSystem(planner, frozen, corpus, sandbox, *limits, tools, web)
         results[path] = evaluate(system, examples, config.temperature, (config.seed, "eval"), label=path)
     print(table(results))
     if config.output:

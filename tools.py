@@ -30,8 +30,9 @@ import textwrap
 import warnings
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 BASE_GENERATOR_PROMPT = """\
@@ -59,6 +60,8 @@ class ToolEnv:
     ask: Callable[[str, str], Awaitable[str]]  # await ask(role, prompt) -> text of a frozen language model
     corpus: "Corpus"
     sandbox: "Sandbox"
+    tools: dict[str, Callable] = field(default_factory=lambda: TOOLS)  # what the planner may choose from, by name
+    web: Any = None  # the client of the web tools, where they are on offer
 
 
 class Corpus:
@@ -382,19 +385,21 @@ _TOKEN = re.compile(
 )
 
 
-def parse_command(text: str) -> Command:
-    """The first well-formed call of a known tool in the model's text. Nothing in the text is ever executed."""
+def parse_command(text: str, tools: dict[str, Callable] = TOOLS) -> Command:
+    """The first well-formed call of one of the tools in the model's text. Nothing in the text is ever executed."""
     if len(text) > MAX_COMMAND_CHARS:
         raise CommandError(f"the command is longer than {MAX_COMMAND_CHARS} characters")
-    starts = [match.start() for match in re.finditer(rf"(?<![\w.])(?:{'|'.join(TOOLS)})\s*\(", text)]
+    starts = [match.start() for match in re.finditer(rf"(?<![\w.])(?:{'|'.join(tools)})\s*\(", text)]
     if not starts:
         called = re.search(r"[A-Za-z_][\w.]*(?=\()", text)
         problem = f"unknown tool {called[0]!r}" if called else "no tool call found"
-        raise CommandError(f'{problem}; write one call of {", ".join(TOOLS)}, such as Search(query="...")')
+        *_, example = tools.values()
+        arguments = ", ".join(f'{name}="..."' for name in _signature(example).parameters)
+        raise CommandError(f"{problem}; write one call of {', '.join(tools)}, such as {example.__name__}({arguments})")
     errors = []
     for start in starts[:8]:  # chatter may name a tool before the call; a flood of names gets no more than this
         try:
-            return _parse_call(_call_source(text, start))
+            return _parse_call(_call_source(text, start), tools)
         except CommandError as error:
             errors.append(error)
     raise errors[0]
@@ -409,7 +414,7 @@ def _call_source(text: str, start: int) -> str:
     raise CommandError(f"the call {text[start : start + 80]!r} is never closed")
 
 
-def _parse_call(source: str) -> Command:
+def _parse_call(source: str, tools: dict[str, Callable]) -> Command:
     try:
         with warnings.catch_warnings():  # of "\d" in a model's string: nobody here can mend it
             warnings.simplefilter("ignore")
@@ -421,7 +426,7 @@ def _parse_call(source: str) -> Command:
         raise CommandError(f"{source[:80]!r} is not a valid call: {error.msg}") from None
     except (ValueError, TypeError, RecursionError, MemoryError):
         raise CommandError(f'the arguments of {source[:80]!r} must be literal values, such as "text" or 3') from None
-    name, signature = call.func.id, _signature(TOOLS[call.func.id])
+    name, signature = call.func.id, _signature(tools[call.func.id])
     try:
         if len(kwargs) < len(call.keywords):
             raise TypeError("an argument is given twice")
@@ -438,7 +443,7 @@ def _parse_call(source: str) -> Command:
 
 async def run_tool(env: ToolEnv, command: Command) -> tuple[str, bool]:
     """The tool's text, and whether it succeeded. What a tool raises is a fault of the machine and stops the run."""
-    text = await TOOLS[command.name](env, **command.kwargs)
+    text = await env.tools[command.name](env, **command.kwargs)
     return str(text), not isinstance(text, Failure)
 
 

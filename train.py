@@ -58,7 +58,8 @@ from llm import (
     plain_weights,
 )
 from tasks import Example, load_corpus, load_examples
-from tools import Sandbox
+from tools import TOOLS, Sandbox
+from web import WEB_TOOLS, Web, select_tools
 
 
 @dataclass
@@ -80,6 +81,11 @@ class Config:
     max_planner_tokens: int = setting(64, "tokens of one planner completion, at most")
     max_frozen_tokens: int = setting(64, "tokens of one completion of a frozen module, at most")
     result_chars: int = setting(400, "characters of a tool result in the memory; longer ones are cut in the middle")
+    tools: list[str] = setting(list(TOOLS), f"tools on offer, in this order; there are also {', '.join(WEB_TOOLS)}")
+    web_cache: str = setting("web_cache", "folder where the web tools store what they fetched; empty: nowhere")
+    web_frozen: bool = setting(False, "the web tools answer from web_cache alone; what it lacks stops the run")
+    web_summary: bool = setting(False, "a frozen module sums up the passages that the web tools find")
+    web_private: bool = setting(False, "Web_Search may open private and loopback addresses")
     # Flow-GRPO
     questions_per_step: int = setting(16, "P, questions of one step")
     group_size: int = setting(8, "G, trajectories of each question, at least 2")
@@ -118,6 +124,8 @@ class Config:
 
 def main(config: Config) -> None:
     check(config)
+    web = Web(config.web_cache, config.web_frozen, config.web_summary, config.web_private)
+    tools = select_tools(config.tools, web)
     run = Path(config.run_dir or f"runs/{Path(config.task).name}-seed{config.seed}")
     start_run(run, config)
     device = best_device(config.device)
@@ -136,7 +144,7 @@ def main(config: Config) -> None:
     system = AgentSystem(
         planner=planner_engine, frozen=frozen_engine, corpus=load_corpus(config.corpus), sandbox=sandbox,
         max_turns=config.max_turns, max_planner_tokens=config.max_planner_tokens,
-        max_frozen_tokens=config.max_frozen_tokens, result_chars=config.result_chars,
+        max_frozen_tokens=config.max_frozen_tokens, result_chars=config.result_chars, tools=tools, web=web,
     )  # fmt: skip
     print(f"{run}: {budget(policy, config, device)} on {device}; {sandbox.describe()}")
 
@@ -265,7 +273,7 @@ def main(config: Config) -> None:
         metrics |= {
             "reward": rewards.mean().item(),
             "zero_variance_groups": (advantages == 0).all(dim=1).float().mean().item(),
-            **behaviour(trajectories),
+            **behaviour(trajectories, tools),
             "tokens_per_turn": sum(num_tokens) / len(turns),
             "truncated_turns": sum(turn.truncated for turn in turns) / len(turns),
             **stats,

@@ -41,7 +41,8 @@ def tiny(run_dir: Path, **changes) -> Config:
 
 
 def flags(config: Config) -> list[str]:
-    return [word for name, value in asdict(config).items() for word in (f"--{name}", str(value))]
+    values = {name: value if isinstance(value, list) else [value] for name, value in asdict(config).items()}
+    return [word for name, words in values.items() for word in (f"--{name}", *map(str, words))]
 
 
 def command(config: Config, **options) -> subprocess.Popen:
