@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+MAX_PADDING = 0.05  # of a micro-batch
 MAX_LOGITS = 2**26  # of a chunk, 256 MiB in float32: a larger vocabulary takes smaller chunks, not more memory
 
 
@@ -81,19 +82,20 @@ def token_weights(row_weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def micro_batches(lengths: list[int], max_tokens: int, packed: bool = False) -> list[list[int]]:
-    """Split row indices so that rows * longest <= max_tokens, or, packed, sum of lengths <= max_tokens; a row that is
-    longer than that comes alone.
+    """Split row indices so that rows * longest <= max_tokens and at most MAX_PADDING of that is padding; or, packed, so
+    that the lengths sum up to max_tokens at most. A row that is longer than that comes alone.
 
     `lengths` count prompt and completion. Sorted, so little is padded; longest first: too little memory shows at once.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable: equal lengths keep their order
-    batches, tokens = [], 0
-    for i in order:
-        if not batches or tokens + (lengths[i] if packed else lengths[batches[-1][0]]) > max_tokens:
-            batches.append([])
-            tokens = 0
-        batches[-1].append(i)
-        tokens += lengths[i] if packed else lengths[batches[-1][0]]
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # stable: equal lengths keep their order
+        batch = [*batches[-1], i] if batches else []
+        real = sum(lengths[j] for j in batch)
+        size = real if packed or not batch else len(batch) * lengths[batch[0]]
+        if batch and size <= max_tokens and size - real <= MAX_PADDING * size:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
     return batches
 
 

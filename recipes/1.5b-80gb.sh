@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# 1.5B, all weights, one GPU of 80 GB (A100, H100). `make gpu` first, then, with .venv-gpu/bin on the path:
+#
+#   recipes/1.5b-80gb.sh                    # TinyWorld: its questions are English and its search is local
+#   recipes/1.5b-80gb.sh mix --tools Base_Generator Python_Coder Wikipedia_Search    # after python tasks.py prepare mix
+#
+# Memory, beside 2 to 5 GiB of CUDA itself:
+#   1.544e9 parameters x 16 bytes (float32 weights, gradients, two moments)   23.0 GiB
+#   two vLLM engines, bfloat16 weights and KV cache, 0.2 of the card each       31.8 GiB
+#   reference policy in bfloat16                                                 2.9 GiB
+#   activations of 16,384 tokens, recomputed layer by layer                      about 5 GiB
+#
+# Measured: nothing yet, neither memory nor time nor score.
+set -euo pipefail
+MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
+python train.py --model "$MODEL" --run_dir "runs/1.5b-80gb-${1:-tinyworld}" --task "${1:-tinyworld}" \
+    --engine vllm --engine_memory 0.2 \
+    --questions_per_step 32 --group_size 8 --steps 100 --max_turns 3 \
+    --max_planner_tokens 512 --max_frozen_tokens 512 --result_chars 2000 \
+    --learning_rate 1e-6 --warmup_steps 5 --decay False --clip_high 0.3 --tis_cap 2 \
+    --micro_batch_tokens 16384 --activation_checkpointing True \
+    "${@:2}"
