@@ -1,6 +1,7 @@
 """The engine on the bundled backbone: exact log-probs, seeds, EOS, batching that changes nothing, lockstep."""
 
 import asyncio
+import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -250,3 +251,12 @@ def test_llm_imports_no_vllm():
 def test_unknown_device():
     with pytest.raises(UserError, match="no device"):
         llm.best_device("tpu")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed here")
+def test_what_is_not_installed_is_named_with_its_remedy():
+    with pytest.raises(UserError, match="needs the package vllm.*requirements-gpu.txt, or use --engine transformers"):
+        llm.open_engine("vllm", str(BACKBONE), "cpu")
+    model, _ = load_model(BACKBONE)
+    with pytest.raises(UserError, match="needs the package peft: pip install -r requirements-gpu.txt"):
+        llm.add_adapter(model, 8)

@@ -171,6 +171,8 @@ def test_one_engine_serves_base_and_adapter(lora, frozen, prompts, tmp_path):
         assert gap(policy, mixed[0]) < 1e-4 and gap(initial_model, mixed[1]) < 1e-4
         assert [c.completion_ids for c in mixed[1]] == [c.completion_ids for c in initial]
     # The same adapter from its folder, and added to the weights.
+    again = VLLMEngine(tmp_path / "adapter", DEVICE, torch.float32, memory_share=0.1)
+    assert gap(policy, sampled(again, prompts[:16])) < 1e-4
     merged, _ = load_model(tmp_path / "adapter", DEVICE)
     assert gap(merged, mixed[0]) < 1e-3  # rounded where it is added
     plain = TransformersEngine(BACKBONE, DEVICE)
