@@ -56,6 +56,9 @@ def run_main(main: Callable[[Any], None], config_class: type) -> None:
             error = f"out of GPU memory ({str(error).splitlines()[0]}); --help lists what takes less"
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 @dataclass
@@ -174,7 +177,7 @@ def wilson(hits: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson score): right for small n and for shares near 0 and 1 too."""
     share, square = hits / n, z * z / n
     centre = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * math.sqrt(share * (1 - share) / n + square / (4 * n))
+    half = z / (1 + square) * math.sqrt(max(0.0, share * (1 - share) / n + square / (4 * n)))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -255,6 +258,10 @@ def percent(value: float, interval: tuple[float, float] | None = None) -> str:
     return text + (f"  [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
 
 
+def count(r: dict) -> str:
+    return f"n = {r['n']}" + (f", {r['trials']} trials" if r.get("trials", 1) > 1 else "")
+
+
 def figures_below(r: dict) -> dict[str, tuple[float | None, Callable[[float], str]]]:
     """What a table says below the accuracy: label -> (figure, how it is written). Results of older runs have less."""
     acts = r["turns"] > 0  # a bare model does not
@@ -262,8 +269,8 @@ def figures_below(r: dict) -> dict[str, tuple[float | None, Callable[[float], st
     rows |= {f"  {tool}": (share if acts else None, percent) for tool, share in r["tool_shares"].items()}
     rows["turns with an error"] = (r["tool_error_rate"] if acts else None, percent)
     for kind in TOKENS:
-        count = r["tokens"][kind] if "tokens" in r else None
-        rows[f"{kind.replace('_', ' tokens ')} a question"] = (count, "{:5,.0f}".format)
+        tokens = r["tokens"][kind] if "tokens" in r else None
+        rows[f"tokens a question, {kind.replace('_', ' ')}"] = (tokens, "{:5,.0f}".format)
     rows["crashed questions"] = (r["crashed"] or None, "{:5g}".format)
     decided = r.get("judge_decided", {})
     rows["judged by the model"] = (decided.get("model", 0) / sum(decided.values()) if decided else None, percent)
@@ -278,9 +285,8 @@ def written(figure: float | None, write: Callable[[float], str]) -> str:
 def table(results: dict[str, dict]) -> str:
     """The results on one task side by side, one row a figure."""
     first, columns = next(iter(results.values())), list(results.values())
-    trials = f", {first['trials']} trials" if first.get("trials", 1) > 1 else ""
     rows = [["", *results]]
-    rows.append([f"accuracy (n = {first['n']}{trials})", *(percent(r["accuracy"], r["interval"]) for r in columns)])
+    rows.append([f"accuracy ({count(first)})", *(percent(r["accuracy"], r["interval"]) for r in columns)])
     for family, figures in first["by_family"].items():
         cells = (percent(r["by_family"][family]["accuracy"], r["by_family"][family]["interval"]) for r in columns)
         rows.append([f"  {family} (n = {figures['n']})", *cells])
@@ -295,7 +301,7 @@ def table_of_tasks(results: dict[str, dict[str, dict]]) -> str:
     """The results {planner: {task: figures}} laid out as in the paper: a row for each planner, a column for each task,
     then the mean of the tasks. Below the accuracy, the other figures in the same way."""
     first = next(iter(results.values()))
-    rows = [["accuracy", *(f"{task} (n = {r['n']})" for task, r in first.items()), "average"]]
+    rows = [["accuracy", *(f"{task} ({count(r)})" for task, r in first.items()), "average"]]
     for planner, of_task in results.items():
         cells = [percent(r["accuracy"], r["interval"]) for r in of_task.values()]
         rows.append([f"  {planner}", *cells, percent(mean(r["accuracy"] for r in of_task.values()))])
@@ -337,6 +343,8 @@ def check(config: EvalConfig) -> None:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
     if config.trials > 1 and config.temperature == 0:
         raise UserError(f"--trials {config.trials} at --temperature 0 are all the same: sample, or take one trial")
+    if Path(config.output).is_dir() and config.output:
+        raise UserError(f"--output {config.output}: is a folder, name a file")
     if config.judge == "llm" and not config.output:
         raise UserError("--judge llm keeps its verdicts beside the figures: name a file with --output")
 
@@ -359,7 +367,7 @@ def main(config: EvalConfig) -> None:
     path = Path(config.output).with_suffix(".answers.jsonl") if config.output else None
     kept = read_kept(path, lambda row: (row["key"], row)) if path else {}
     results: dict[str, dict[str, dict]] = {}
-    for name in config.planners:
+    for name in dict.fromkeys(config.planners):
         model = planner_folder(name.removeprefix("bare:"))
         planner = open_engine(config.engine, model, device, dtype, config.tokenizer, **vllm)
         system = AgentSystem(planner, frozen, corpus, sandbox, *limits, bare=name.startswith("bare:"))
