@@ -10,6 +10,7 @@ Only the planner is trained. Everything else goes through `env.ask`, a frozen mo
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,7 @@ class Trajectory:
     reward: float = 0.0
     advantage: float = 0.0
     crash: str = ""  # the machine's fault that ended it, in an evaluation; in training such a fault stops the run
+    tokens: Counter[str] = field(default_factory=Counter)  # its cost: planner_read, planner_written, frozen_read, ...
 
 
 def cut_middle(text: str, limit: int) -> str:
@@ -291,6 +293,21 @@ def toolbox(tools: dict[str, Callable] = TOOLS) -> str:
     return "\n".join(tool_metadata(tool) for tool in tools.values())
 
 
+# --- the bare model, a baseline ---------------------------------------------------------------------------------------
+
+BARE_PROMPT = """Answer the question. Think step by step first. Then write the answer alone, as a name, a number or a \
+few words, between the tags <answer> and </answer>.
+
+Question: {question}"""
+
+
+async def solve_bare(question: str, planner: Planner) -> Trajectory:
+    """The model in the planner's place on its own: one prompt and its answer, no modules, no tools, no turns. What it
+    wrote is kept as the analysis."""
+    action = await planner(BARE_PROMPT.format(question=question))
+    return Trajectory(question, [], Memory(question, action.text), parse_answer(action.text))
+
+
 # --- many questions at once -------------------------------------------------------------------------------------------
 
 
@@ -308,6 +325,7 @@ class AgentSystem:
     result_chars: int = 400
     tools: dict[str, Callable] = field(default_factory=lambda: TOOLS)
     web: Any = None  # the client of the web tools
+    bare: bool = False  # the planner's model answers alone
 
     def rollout(
         self,
@@ -316,41 +334,61 @@ class AgentSystem:
         temperature: float,
         seed: tuple,
         on_done: Callable[[], Any] = lambda: None,
-        keep_crashed: bool = False,
     ) -> list[list[Trajectory]]:
         """`group_size` trajectories of each question, all in flight together: [question][sample].
 
         `seed` is a key such as (run seed, step); question, sample, turn and role are added to it for each request.
         """
+        jobs = [(question, (*seed, p, g)) for p, question in enumerate(questions) for g in range(group_size)]
+        flat = self.solve_all(jobs, temperature, lambda *_: on_done())
+        return [flat[p * group_size : (p + 1) * group_size] for p in range(len(questions))]
+
+    def solve_all(
+        self,
+        jobs: list[tuple[str, tuple]],
+        temperature: float,
+        on_done: Callable[[int, Trajectory], Any] = lambda *_: None,
+        keep_crashed: bool = False,
+    ) -> list[Trajectory]:
+        """A trajectory for each (question, seed), all in flight together; `on_done(its index, it)` as each ends.
+
+        A machine's fault in one of them stops all, or is kept as the `crash` of that one; dead engines stop all.
+        """
         lockstep = Lockstep(first=self.frozen)  # then all come to the planner together
 
-        async def one(p: int, g: int) -> Trajectory:
-            order, turn = p * group_size + g, 0
+        async def one(order: int, question: str, seed: tuple) -> Trajectory:
+            turn, tokens = 0, Counter()
+
+            async def complete(module: str, engine: Any, request: Request) -> Completion:
+                completion = await lockstep.generate(engine, request, order)
+                read, written = completion.tokens()
+                tokens.update({f"{module}_read": read, f"{module}_written": written})
+                return completion
 
             async def planner(prompt: str) -> Completion:
                 nonlocal turn
                 turn += 1
-                ids = self.planner.encode(prompt)
-                key = derive_seed(*seed, p, g, turn, "planner")
-                return await lockstep.generate(
-                    self.planner, Request(ids, self.max_planner_tokens, temperature, key), order
-                )
+                ids, key = self.planner.encode(prompt), derive_seed(*seed, turn, "planner")
+                return await complete("planner", self.planner, Request(ids, self.max_planner_tokens, temperature, key))
 
             async def ask(role: str, prompt: str) -> str:
                 request = Request(self.frozen.encode(prompt), self.max_frozen_tokens, temperature=0.0)
-                return (await lockstep.generate(self.frozen, request, order)).text
+                return (await complete("frozen", self.frozen, request)).text
 
             try:
-                env = ToolEnv(ask, self.corpus, self.sandbox, self.tools, self.web)
-                return await solve(questions[p], planner, env, self.max_turns, self.result_chars)
+                if self.bare:
+                    trajectory = await solve_bare(question, planner)
+                else:
+                    env = ToolEnv(ask, self.corpus, self.sandbox, self.tools, self.web)
+                    trajectory = await solve(question, planner, env, self.max_turns, self.result_chars)
             except (EngineError, UserError):
                 raise
             except Exception as error:
                 if not keep_crashed:
                     raise
-                return Trajectory(questions[p], [], Memory(questions[p]), "", crash=f"{type(error).__name__}: {error}")
-            finally:
-                on_done()
+                trajectory = Trajectory(question, [], Memory(question), "", crash=f"{type(error).__name__}: {error}")
+            trajectory.tokens = tokens
+            on_done(order, trajectory)
+            return trajectory
 
-        flat = asyncio.run(lockstep.gather(one(p, g) for p in range(len(questions)) for g in range(group_size)))
-        return [flat[p * group_size : (p + 1) * group_size] for p in range(len(questions))]
+        return asyncio.run(lockstep.gather(one(order, *job) for order, job in enumerate(jobs)))

@@ -1,6 +1,6 @@
 """A language model as the judge, for what the rules cannot tell: other words, another order, an unusual notation.
 
-    judge = ModelJudge(ask, model="Qwen/Qwen2.5-7B-Instruct", cache="runs/my-run/verdicts.jsonl")
+    judge = ModelJudge(asker(engine), model="Qwen/Qwen2.5-7B-Instruct", cache="runs/my-run/verdicts.jsonl")
     rewards = asyncio.run(judge.judge_all([(kind, question, answer, prediction), ...]))
     judge.report()      # who decided how often, and how often rules and model agree
 
@@ -26,8 +26,12 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from agent import Trajectory
 from judge import RULES
-from llm import EngineError, UserError
+from llm import EngineError, Request, UserError, open_engine
+from tasks import Example
 
 MAX_CHARS = 1000  # of a prediction that the model is asked about
 ATTEMPTS = 3  # to get a verdict out of the model
@@ -79,7 +83,7 @@ class ModelJudge:
 
     def __init__(self, ask: Callable[[str], Awaitable[str]], model: str, cache: str | Path, compare: bool = False):
         self.ask, self.model, self.cache, self.compare = ask, model, Path(cache), compare
-        self.verdicts = read_cache(self.cache)
+        self.verdicts: dict[str, bool] = read_kept(self.cache, lambda row: (row["key"], row["correct"]))
         self.asking: dict[str, asyncio.Future[bool]] = {}  # rollouts of a question often give the same prediction
         self.decided: Counter[str] = Counter()  # verdicts by the kind of the rule, or by "model"
         self.both: Counter[tuple[bool, bool]] = Counter()  # (by rules, by model), where both ran
@@ -103,16 +107,18 @@ class ModelJudge:
         return by_rules or float(by_model)
 
     def report(self) -> dict[str, Any]:
-        """Figures for the log, since the start. The agreement is over the cases that both judged, None without any: by
-        default those to which the rules said 0, with `compare` the right ones too."""
+        """Figures for the log, since the last report. The agreement is over the cases that both judged, None without
+        any: by default those to which the rules said 0, with `compare` the right ones too."""
         agreed = self.both[True, True] + self.both[False, False]
-        return {
+        figures = {
             "judge_decided": dict(self.decided),
             "judge_agreement": agreed / self.both.total() if self.both else None,
             "judge_only_rules_accept": self.both[True, False],
             "judge_only_model_accepts": self.both[False, True],
             "judge_requests": self.requests,
         }
+        self.decided, self.both, self.requests = Counter(), Counter(), 0
+        return figures
 
     async def _ask_once(self, case: dict) -> bool:
         """The verdict from the cache, from a request that is under way, or from the model."""
@@ -130,12 +136,15 @@ class ModelJudge:
             # A model at temperature 0 repeats itself: another try needs another prompt.
             again = f"\n\nAttempt {attempt}: reply with the JSON object alone." if attempt > 1 else ""
             self.requests += 1
-            reply = await self.ask(prompt + again)
+            try:
+                reply = await self.ask(prompt + again)
+            except EngineError as error:
+                raise EngineError(f"the judge {self.model} does not answer: {error}") from error.__cause__
             try:
                 correct, analysis = parse_verdict(reply)
             except ValueError:
                 continue
-            append(self.cache, {"key": key, "model": self.model, **case, "analysis": analysis, "correct": correct})
+            keep_row(self.cache, {"key": key, "model": self.model, **case, "analysis": analysis, "correct": correct})
             self.verdicts[key] = correct
             return correct
         raise EngineError(
@@ -144,22 +153,84 @@ class ModelJudge:
         )
 
 
-def read_cache(path: Path) -> dict[str, bool]:
-    """Verdicts by key. A last line that was cut off by a crash is dropped, from the file too."""
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        path.write_bytes(whole)
+def asker(engine: Any, max_tokens: int = 256) -> Callable[[str], Awaitable[str]]:
+    """The `ask` of a `ModelJudge` that an engine answers, greedily. An engine that takes batches gets all that is asked
+    at the same time in one."""
+    waiting: list[tuple[Request, asyncio.Future]] = []
+
+    def run_all() -> None:
+        requests, futures = zip(*waiting)
+        waiting.clear()
+        try:
+            for future, completion in zip(futures, engine.generate_batch(list(requests))):
+                future.done() or future.set_result(completion.text)
+        except Exception as error:  # everyone who waits must hear of it
+            failure = EngineError(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
+            for future in futures:
+                future.done() or future.set_exception(failure)
+
+    async def ask(prompt: str) -> str:
+        request = Request(engine.encode(prompt), max_tokens, temperature=0.0)
+        if hasattr(engine, "generate"):
+            return (await engine.generate(request)).text
+        loop = asyncio.get_running_loop()
+        waiting.append((request, loop.create_future()))
+        if len(waiting) == 1:
+            loop.call_soon(run_all)  # after all who are about to ask
+        return await waiting[-1][1]
+
+    return ask
+
+
+# --- as the scripts use it --------------------------------------------------------------------------------------------
+
+
+def score(pairs: list[tuple[Example, Trajectory]], judge: ModelJudge | None = None) -> None:
+    """Set the outcome rewards: by the rules, or by the rules and a model; 0 for a trajectory that crashed."""
+    cases = [(example.kind, example.question, example.answer, trajectory.answer) for example, trajectory in pairs]
+    verdicts = asyncio.run(judge.judge_all(cases)) if judge else [RULES[kind](*case) for kind, *case in cases]
+    for (_, trajectory), verdict in zip(pairs, verdicts):
+        trajectory.reward = 0.0 if trajectory.crash else verdict
+
+
+def check_judge(config: Any) -> None:
+    if config.judge not in ("rules", "llm"):
+        raise UserError(f"--judge {config.judge}: must be rules or llm")
+    if (config.judge == "llm") != bool(config.judge_model):
+        raise UserError("--judge llm and --judge_model MODEL belong together: give both or none")
+    if config.judge_tokens < 1:
+        raise UserError(f"--judge_tokens {config.judge_tokens}: must be at least 1")
+
+
+def open_judge(
+    config: Any, cache: Path, device: str, dtype: torch.dtype, loaded: dict[str, Any] | None = None
+) -> ModelJudge | None:
+    """The judge of --judge llm; None where the rules judge alone. A model that is `loaded` already serves as it is."""
+    if config.judge == "rules":
+        return None
+    model, memory = config.judge_model, dict(memory_share=config.engine_memory)
+    engine = (loaded or {}).get(model) or open_engine(config.engine, model, device, dtype, **memory)
+    return ModelJudge(asker(engine, config.judge_tokens), model, cache, config.judge_compare)
+
+
+def read_kept(path: Path, item: Callable[[dict], tuple[str, Any]]) -> dict[str, Any]:
+    """`item(row)` of each row of a file of `keep_row`, as a dict. A last line that was cut off by a crash is dropped,
+    from the file too."""
     try:
-        return {row["key"]: row["correct"] for row in map(json.loads, whole.splitlines())}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a file of verdicts ({error}): remove it or name another") from None
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            path.write_bytes(whole)
+        return dict(item(json.loads(line)) for line in whole.splitlines())
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} is not one of our files ({error}): remove it or name another") from None
 
 
-def append(path: Path, row: dict) -> None:
+def keep_row(path: Path, row: dict) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
-        raise UserError(f"cannot keep the verdicts in {path}: {error}") from error
+        raise UserError(f"cannot write to {path}: {error}") from error

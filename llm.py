@@ -64,6 +64,11 @@ class Completion:
     logprobs: list[float]  # of each sampled token at the sampling temperature (at temperature 1 when greedy)
     text: str  # without special tokens
     finish_reason: str  # "stop" or "length"
+    usage: tuple[int, int] | None = None  # tokens read and written as a server counts them, where there are no ids
+
+    def tokens(self) -> tuple[int, int]:
+        """Read and written, as if nothing were cached."""
+        return self.usage or (len(self.prompt_ids), len(self.completion_ids))
 
 
 def derive_seed(*key: Any) -> int:
@@ -563,11 +568,12 @@ class HTTPEngine:
         def read(answer: dict) -> Completion:
             choice = answer["choices"][0]
             text, reason = choice["message"]["content"], choice["finish_reason"]
-            tokens = (answer.get("usage") or {}).get("completion_tokens", 0)
-            if not isinstance(text, str) or not (text or tokens) or reason not in ("stop", "length"):
+            usage = answer.get("usage") or {}
+            tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+            if not isinstance(text, str) or not (text or tokens[1]) or reason not in ("stop", "length"):
                 raise ValueError(f"no text, finish_reason {reason!r}")
-            self.tokens_generated += tokens
-            return Completion([], [], [], text, reason)
+            self.tokens_generated += tokens[1]
+            return Completion([], [], [], text, reason, tokens)
 
         return self._call("POST", "/chat/completions", body, read)
 

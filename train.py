@@ -44,7 +44,7 @@ from flow_grpo import (
     token_logprobs,
     token_weights,
 )
-from judge import RULES
+from judge_llm import ModelJudge, check_judge, open_judge, score
 from llm import (
     EngineError,
     TransformersEngine,
@@ -86,6 +86,10 @@ class Config:
     web_frozen: bool = setting(False, "the web tools answer from web_cache alone; what it lacks stops the run")
     web_summary: bool = setting(False, "a frozen module sums up the passages that the web tools find")
     web_private: bool = setting(False, "Web_Search may open private and loopback addresses")
+    judge: str = setting("rules", "rules; llm: rules, then a language model about what they do not accept")
+    judge_model: str = setting("", "of --judge llm: folder, hub name or a server's URL#NAME")
+    judge_tokens: int = setting(256, "tokens of one reply of the judge, at most")
+    judge_compare: bool = setting(False, "ask the judge about what the rules accept too, to log their agreement")
     # Flow-GRPO
     questions_per_step: int = setting(16, "P, questions of one step")
     group_size: int = setting(8, "G, trajectories of each question, at least 2")
@@ -140,6 +144,8 @@ def main(config: Config) -> None:
     ref_policy = reference(config, device, policy, frozen_engine)
     _, engine_dtype, autocast = precision(config, device)
     max_gap = config.max_sampler_gap or (1e-3 if engine_dtype == torch.float32 else 0.1)
+    loaded = {config.frozen_model or config.model: frozen_engine}
+    judge = open_judge(config, run / "verdicts.jsonl", device, engine_dtype, loaded)
     sandbox = Sandbox()
     system = AgentSystem(
         planner=planner_engine, frozen=frozen_engine, corpus=load_corpus(config.corpus), sandbox=sandbox,
@@ -157,7 +163,7 @@ def main(config: Config) -> None:
         sync(planner_engine, policy, run)
         print(f"continuing after step {first_step - 1}")
     else:
-        result["before"] = run_test(run, "before", system, test_set, config)
+        result["before"] = run_test(run, "before", system, test_set, config, judge)
         log(run / "metrics.jsonl", {"step": 0, "test_accuracy": result["before"]["accuracy"]})
 
     stop = StopRequest()
@@ -168,7 +174,7 @@ def main(config: Config) -> None:
         # --- evaluate on the dev questions, with the policy this step starts from
         metrics = {"step": step}
         if (step - 1) % config.eval_every == 0:
-            dev = evaluate(system, dev_set, config.temperature, (config.seed, "dev"), "dev")
+            dev = evaluate(system, dev_set, config.temperature, (config.seed, "dev"), "dev", judge=judge)
             metrics["dev_accuracy"] = dev["accuracy"]
         clock.lap("eval")
 
@@ -180,9 +186,8 @@ def main(config: Config) -> None:
         clock.lap("rollout")
 
         # --- score: one outcome reward for each trajectory
-        for example, group in zip(questions, groups):
-            for trajectory in group:
-                trajectory.reward = RULES[example.kind](example.question, example.answer, trajectory.answer)
+        score([(example, t) for example, group in zip(questions, groups) for t in group], judge)
+        clock.lap("judge")
         rewards = torch.tensor([[trajectory.reward for trajectory in group] for group in groups])  # (P, G)
 
         # --- advantages: normalised within the group (Eq. 7), broadcast to every turn (Eq. 4)
@@ -274,6 +279,7 @@ def main(config: Config) -> None:
             "reward": rewards.mean().item(),
             "zero_variance_groups": (advantages == 0).all(dim=1).float().mean().item(),
             **behaviour(trajectories, tools),
+            **(judge.report() if judge else {}),
             "tokens_per_turn": sum(num_tokens) / len(turns),
             "truncated_turns": sum(turn.truncated for turn in turns) / len(turns),
             **stats,
@@ -297,7 +303,7 @@ def main(config: Config) -> None:
             print(f"stopped after step {step} and saved; the same command continues")
             return
 
-    result["after"] = run_test(run, "after", system, test_set, config)
+    result["after"] = run_test(run, "after", system, test_set, config, judge)
     finish(run, config, result)
     report(run)
 
@@ -405,11 +411,13 @@ SMALLER = (
 )
 
 
-def run_test(run: Path, when: str, system: AgentSystem, test_set: list[Example], config: Config) -> dict:
+def run_test(
+    run: Path, when: str, system: AgentSystem, test_set: list[Example], config: Config, judge: ModelJudge | None
+) -> dict:
     """The figures of the test "before" or "after" training; the trajectories behind them are kept in the folder."""
     pairs, step = [], 0 if when == "before" else config.steps
     label, key = f"test {when} training", (config.seed, "test")
-    figures = evaluate(system, test_set, config.temperature, key, label, keep=pairs)
+    figures = evaluate(system, test_set, config.temperature, key, label, keep=pairs, judge=judge)
     lines = [json.dumps(record(step, *pair)) + "\n" for pair in pairs]
     write_atomically(run / f"test_{when}.jsonl", "".join(lines).encode())
     return figures
@@ -526,6 +534,7 @@ def plot_curves(run: Path) -> None:
 
 def check(config: Config) -> None:
     """Bad values are refused before anything is loaded or written."""
+    check_judge(config)
     if config.group_size < 2:
         raise UserError(f"--group_size {config.group_size}: a group needs at least 2 trajectories to compare")
     if config.temperature <= 0:

@@ -59,7 +59,10 @@ def serve(backbone, faults=(), always=None):
                 choice = {"text": done.text, "token_ids": done.completion_ids, "prompt_token_ids": body["prompt"]}
                 choice["logprobs"] = {"token_logprobs": done.logprobs}
             choice["finish_reason"] = done.finish_reason
-            return {"choices": [choice], "usage": {"completion_tokens": len(done.completion_ids)}}
+            return {"choices": [choice], "usage": self.usage(done)}
+
+        def usage(self, done):
+            return {"prompt_tokens": len(done.prompt_ids), "completion_tokens": len(done.completion_ids)}
 
         def send(self, status, answer, headers=(), length=None):
             data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
@@ -204,7 +207,7 @@ def test_trajectories_are_the_same_through_a_failing_server(backbone):
         through = AgentSystem(backbone, engine, corpus, sandbox, max_turns=2).rollout(questions, 2, 1.0, (0,))
         assert engine.tokens_generated > 0 and len(seen) > len(faults)
     for one, two in zip(sum(through, []), sum(direct, [])):
-        assert one.memory == two.memory and one.answer == two.answer
+        assert one.memory == two.memory and one.answer == two.answer and one.tokens == two.tokens
         assert [turn.completion_ids for turn in one.turns] == [turn.completion_ids for turn in two.turns]
 
 
@@ -213,7 +216,7 @@ def test_a_dead_server_ends_the_rollouts(backbone):
         engine = quick(url, retries=2)
         system = AgentSystem(backbone, engine, load_corpus(), Sandbox(), max_turns=2)
         with pytest.raises(EngineError, match="failed"):
-            system.rollout(["Who?"] * 4, 2, 1.0, (0,), keep_crashed=True)
+            system.solve_all([("Who?", (0, n)) for n in range(8)], 1.0, keep_crashed=True)
         assert len(seen) <= 8 * 3
 
 

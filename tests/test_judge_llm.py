@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from judge_llm import ATTEMPTS, MAX_CHARS, PROMPT, ModelJudge, fence, parse_verdict
-from llm import EngineError, Request, TransformersEngine, UserError
+from judge_llm import ATTEMPTS, MAX_CHARS, PROMPT, ModelJudge, asker, fence, parse_verdict
+from llm import EngineError, TransformersEngine, UserError
 from tinyworld.pretrain import BACKBONE
 
 CAPITAL = "What is the capital of France?"
@@ -158,10 +158,7 @@ def test_a_model_that_cannot_judge_raises_and_nothing_is_kept(tmp_path):
     """The bundled model, which has never seen such a prompt."""
     engine = TransformersEngine(BACKBONE)
 
-    async def ask(prompt):
-        return engine.generate_batch([Request(tuple(engine.encode(prompt)), 32, temperature=0.0)])[0].text
-
-    judge = ModelJudge(ask, "tinyworld/backbone", tmp_path / "cache")
+    judge = ModelJudge(asker(engine, 32), "tinyworld/backbone", tmp_path / "cache")
     with pytest.raises(EngineError, match=f"the judge tinyworld/backbone gave no verdict in {ATTEMPTS} attempts"):
         judge_one(judge, "It is Paris")
     assert judge.report()["judge_decided"] == {} and not (tmp_path / "cache").exists()
@@ -273,12 +270,12 @@ def test_a_line_cut_off_by_a_crash_is_asked_again(tmp_path):
 def test_a_damaged_cache_is_named(tmp_path, line):
     cache = tmp_path / "verdicts.jsonl"
     cache.write_bytes(line.encode(errors="surrogateescape") + b"\n")
-    with pytest.raises(UserError, match=r"verdicts\.jsonl is not a file of verdicts .*: remove it"):
+    with pytest.raises(UserError, match=r"verdicts\.jsonl is not one of our files .*: remove it"):
         ModelJudge(always(True), "m", cache)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     judge = ModelJudge(always(True), "m", tmp_path / "file" / "verdicts.jsonl")
-    with pytest.raises(UserError, match="cannot keep the verdicts in"):
+    with pytest.raises(UserError, match="cannot write to .*verdicts"):
         judge_one(judge, "It is Paris")

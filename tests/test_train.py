@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_eval import Scripted
+from test_http import serve
 from transformers import HfArgumentParser
 
 import train
 from agent import Memory, Step, Trajectory
-from llm import UserError
+from judge import RULES
+from llm import EngineError, UserError
 from report import make_page
 from tasks import Example
 from train import Config, questions_of_step
@@ -320,3 +323,33 @@ def test_a_disk_that_fills_up_while_saving(tmp_path):
     assert process.returncode == 2 and "Traceback" not in err
     assert err.strip().splitlines()[-1].startswith(f"train.py: cannot write to {run} (")
     assert len(timeless(run)) == 2 and not (run / "checkpoint").exists()
+
+
+def test_a_language_model_as_judge(tmp_path):
+    """It gives rewards that the rules do not. It fails in the second step of a run: the checkpoint is intact, and the
+    same command continues as if nothing had happened."""
+    small = dict(steps=2, questions_per_step=4, group_size=2, max_turns=1, save_every=1, print_every=0)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    mended = False
+
+    def verdict(prompt):
+        case = json.loads(prompt.split("\n\n")[1])
+        fails = not mended and (broken / "checkpoint").exists()
+        return "Well" if fails else json.dumps({"analysis": "counted", "correct": len(case["question"]) % 2 == 0})
+
+    with serve(Scripted(verdict)) as (url, _):
+        judged = dict(judge="llm", judge_model=f"{url}#backbone", **small)
+        train.main(tiny(whole, **judged))
+        with pytest.raises(EngineError, match="the judge .* gave no verdict"):
+            train.main(tiny(broken, **judged))
+        assert len(timeless(broken)) == 2 and (broken / "verdicts.jsonl").exists()
+        mended = True
+        train.main(tiny(broken, **judged))
+    assert (whole / "rollouts.jsonl").read_bytes() == (broken / "rollouts.jsonl").read_bytes()
+    rows = [json.loads(line) for line in (whole / "rollouts.jsonl").read_text().splitlines()]
+    for row in rows:
+        by_rules = RULES["text"](row["question"], row["expected"], row["answer"])
+        assert row["reward"] == (by_rules or float(bool(row["answer"]) and len(row["question"]) % 2 == 0))
+    assert 0 < sum(row["reward"] for row in rows) < len(rows) == 16
+    for metrics in timeless(whole)[1:]:
+        assert sum(metrics["judge_decided"].values()) == 8 and 0 < metrics["judge_agreement"] < 1
