@@ -235,7 +235,8 @@ FIGURES = {
          Claim((TEST, "Flow-GRPO"), (TEST, "fine-tuned on its successes"), 1, "+36.2 points",
                "Successes that are imitated teach the same habits here, and are given by a planner that knows the "
                "way; Flow-GRPO has to find it."),
-         Claim((TEST, "Flow-GRPO"), (TEST, "stronger, frozen"), 1, "+11.4 points")),
+         Claim((TEST, "Flow-GRPO"), (TEST, "stronger, frozen"), 1, "+11.4 points",
+               "The stronger planner here reads its plans off the facts; GPT-4o has to find them.")),
     ),
     "credit": Figure(
         "Credit assignment", COMPARED[:6], credit,
@@ -519,8 +520,10 @@ def write_page(out: Path) -> Path:
     figures, e = read_figures(out), html.escape
     page = PAGE + (QUICK_NOTE if next(iter(figures.values()))["scale"] != "full" else "") + INTRO
     page += "".join(section(name, FIGURES[name], data) for name, data in figures.items())
-    page += '<section id="runs">\n<h2>Runs</h2>\n<div class="wide">\n<table class="small">\n'
-    page += "<tr><th>run</th><th>date</th><th>minutes</th><th>what differs from the defaults</th></tr>\n"
+    page += '<section id="runs">\n<h2>Runs</h2>\n'
+    page += "<p>Any of them can be looked into: <code>python report.py paper/runs/main-seed0</code></p>\n"
+    page += '<div class="wide">\n<table class="small">\n'
+    page += "<tr><th>run</th><th>date</th><th>minutes since last start</th><th>differs from the defaults</th></tr>\n"
     for i, run in {i: run for data in figures.values() for i, run in data["runs"].items()}.items():
         settings = ", ".join(f"{key} {value}" for key, value in run["settings"].items())
         cells = (i, run["date"], f"{run['seconds'] / 60:.1f}", settings)
@@ -560,8 +563,8 @@ def main() -> None:
             do_all(args.out, scale)
             write_figures(args.out, scale)
         print(f"{write_page(args.out)}: open it in a browser")
-    except (UserError, EngineError) as error:
-        print(f"paper.py: {error}", file=sys.stderr)
+    except (UserError, EngineError, KeyboardInterrupt) as error:
+        print(f"paper.py: {error or 'stopped; the same command continues'}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -129,7 +129,7 @@ SCALES = {
         taught=320, budgets=(1, 2, 3, 4, 5, 6, 7, 8), budget_questions=60, group_sizes=(2,),
     ),
     "tiny": Scale(  # of the tests
-        "tiny", (0,), SHORT | dict(steps=2, questions_per_step=2, group_size=4, test_questions=6, max_turns=2),
+        "tiny", (0,), SHORT | dict(steps=2, questions_per_step=2, group_size=4, test_questions=4, max_turns=2),
         (0,), SHORT | dict(steps=2, questions_per_step=2, group_size=2, test_questions=2, max_turns=2),
         taught=4, budgets=(1, 2), budget_questions=2, group_sizes=(4,), share=0.001,
     ),
@@ -249,11 +249,9 @@ def learn_from_teacher(run: Run, folder: Path) -> dict:
     evaluate(system, taught, 1.0, (run.seed, "taught"), keep=pairs)
     turns = [turn for _, trajectory in pairs if trajectory.reward == 1 for turn in trajectory.turns]
     policy, tokenizer = load_model(BACKBONE)
-    end = tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id)
-    rows = [
-        (list(frozen.encode(turn.prompt_ids[0])), tokenizer(turn.completion_ids[0] + end)["input_ids"])
-        for turn in turns
-    ]
+    encode = pretrain.encoder(tokenizer)
+    encoded = [encode(turn.prompt_ids[0], turn.completion_ids[0]) for turn in turns]
+    rows = [(ids[:begin], ids[begin:]) for ids, begin in encoded]
     fine_tune(policy, rows, settings["epochs"], run.seed)
     student = TransformersEngine(BACKBONE)
     student.load_weights(policy.state_dict())
@@ -376,6 +374,8 @@ def do_all(out: Path, scale: Scale) -> None:
     missing = [run for run in runs.values() if not finished(folder / run.id, fingerprint(run, runs))]
     total, to_do = sum(run.seconds for run in runs.values()), sum(run.seconds for run in missing)
     shape = "{desc} {percentage:3.0f} %|{bar}| {elapsed} so far, {remaining} left"
+    if not missing:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(out) as lock, tqdm(total=total, initial=total - to_do, bar_format=shape) as bar:
         for number, run in enumerate(missing, start=len(runs) - len(missing) + 1):
@@ -401,7 +401,7 @@ def work_on(run: Run, folder: Path, out: Path, scale: Scale, lock: int, progress
         )  # fmt: skip
     try:
         while process.poll() is None:
-            time.sleep(0.2)
+            time.sleep(0.5)
             steps, metrics = run.settings.get("steps", 36), folder / run.id / "metrics.jsonl"
             done = len(metrics.read_bytes().splitlines()) / (steps + 2) if metrics.exists() else 0.0
             progress(min(0.98, done or (time.time() - started) / run.seconds))
@@ -424,7 +424,5 @@ def only_one(out: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"another paper.py, or a run that it left behind, is at work in {out}: wait for it"
-            ) from None
+            raise UserError(f"another paper.py, or a run it left behind, is at work in {out}: wait for it") from None
         yield file.fileno()
