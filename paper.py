@@ -58,6 +58,8 @@ LABELS = {
     "dapo": "asymmetric clip and token mean, two updates",
     "gspo": "sequence-level ratio, two updates",
 }
+UNTRAINED, TRAINED = "untrained", "after Flow-GRPO"
+WHEN = {"before": UNTRAINED, "after": TRAINED}
 TEST, MISTAKES = "test accuracy", "turns with a mistake"
 REWARD, ACCURACY = "training reward (share of trajectories, %)", "test accuracy (share of questions, %)"
 
@@ -67,7 +69,7 @@ def point(x: Any, sums: dict[int, list[float]], share: bool = True) -> dict:
     n, total, squares = map(sum, zip(*sums.values()))
     half = 1.96 * math.sqrt(max(0.0, squares / n - (total / n) ** 2) / n)
     low, high = wilson(total, n) if share else (total / n - half, total / n + half)
-    low, high = min(low, total / n), max(high, total / n)  # rounding aside, as it is
+    low, high = min(low, total / n), max(high, total / n)  # whatever rounding does
     each = {seed: of_seed / count for seed, (count, of_seed, _) in sums.items()}
     return {"x": x, "y": total / n, "low": low, "high": high, "n": n, "seeds": each}
 
@@ -91,14 +93,14 @@ def rewards(records: Records, names: tuple[str, ...]) -> dict:
     return panel("step", REWARD, {LABELS[n]: over_steps(records[n], lambda step: step["reward"]) for n in names})
 
 
-def tests(records: Records, names: tuple[str, ...]) -> dict:
+def accuracies(records: Records, names: tuple[str, ...]) -> dict:
     points = [point(LABELS[n], {s: tested(r["after"]) for s, r in records[n].items()}) for n in names]
     return panel("", ACCURACY, {TEST: points})
 
 
 def main_result(records: Records) -> list[dict]:
     main, series = records["main"], {}
-    for when, label in (("before", "untrained"), ("after", "after Flow-GRPO")):
+    for when, label in WHEN.items():
         figures = {seed: record[when] for seed, record in main.items()}
         families = ["all", *next(iter(figures.values()))["by_family"]]
         of = {seed: {"all": f} | f["by_family"] for seed, f in figures.items()}
@@ -119,28 +121,26 @@ def how_trained(records: Records) -> list[dict]:
 
 
 def side_by_side(records: Records) -> list[dict]:
-    return [rewards(records, tuple(records)), tests(records, tuple(records))]
+    return [rewards(records, tuple(records)), accuracies(records, tuple(records))]
 
 
 def credit(records: Records) -> list[dict]:
     turns, statistics = ("baseline", "last-turn", "fading-credit"), ("baseline", "turn-pooled", "no-std", "no-kl")
-    return [rewards(records, turns), rewards(records, statistics), tests(records, (*turns, *statistics[1:]))]
+    return [rewards(records, turns), rewards(records, statistics), accuracies(records, (*turns, *statistics[1:]))]
 
 
 def tools(records: Records) -> list[dict]:
     main = records["main"]
     shares = {tool: over_steps(main, lambda step: step["tools"][tool]) for tool in TOOLS}
     errors = {MISTAKES: over_steps(main, lambda step: step["errors"])}
-    return [panel("step", "share of turns (%)", shares), panel("step", "share of turns (%)", errors)]
+    return [panel("step", "turns with each tool (%)", shares), panel("step", f"{MISTAKES} (%)", errors)]
 
 
 def over_training(records: Records) -> list[dict]:
     main = records["main"]
     return [
         panel("step", REWARD, {"Flow-GRPO": over_steps(main, lambda step: step["reward"])}),
-        panel(
-            "step", "planner's tokens a turn", {"tokens": over_steps(main, lambda step: step["tokens"], False)}, False
-        ),
+        panel("step", "tokens a turn", {"tokens": over_steps(main, lambda step: step["tokens"], False)}, False),
         panel("step", "turns a question", {"turns": over_steps(main, lambda step: step["turns"], False)}, False),
     ]
 
@@ -162,7 +162,7 @@ def by_budget(records: Records) -> list[dict]:
 
 def by_size(records: Records) -> list[dict]:
     sizes, series = records["pretrain"][0], {}
-    for when, label in (("before", "untrained"), ("after", "after Flow-GRPO")):
+    for when, label in WHEN.items():
         series[label] = [
             point(f"{sizes[size] / 1e6:.2f} M", {seed: tested(r[when]) for seed, r in records[run].items()})
             for size, run in (("small", "small"), ("bundled", "baseline"))
@@ -172,7 +172,7 @@ def by_size(records: Records) -> list[dict]:
 
 def by_group(records: Records) -> list[dict]:
     runs = {int(name.split("-")[1]): data for name, data in records.items() if name != "baseline"}
-    runs = {size: data for size, data in sorted((runs | {train.Config.group_size: records["baseline"]}).items())}
+    runs = dict(sorted((runs | {train.Config.group_size: records["baseline"]}).items()))
     curves = {f"G = {size}": over_steps(data, lambda step: step["reward"]) for size, data in runs.items()}
     points = [point(f"G = {size}", {s: tested(r["after"]) for s, r in data.items()}) for size, data in runs.items()]
     return [panel("step", REWARD, curves), panel("", ACCURACY, {TEST: points})]
@@ -209,7 +209,6 @@ def variant(title: str, name: str, base: str, text: str) -> Figure:
     return Figure(title, (base, name), side_by_side, text, (claim,), (name,))
 
 
-UNTRAINED, TRAINED = "untrained", "after Flow-GRPO"
 FEW_MISTAKES = "The bundled planner makes few mistakes of form to begin with, so it has little to lose there."
 FEW_TOKENS = "The bundled planner writes four short lines from the start and has no long reasoning to add or to drop."
 BASE = (TEST, LABELS["baseline"])
@@ -309,17 +308,20 @@ FIGURES = {
 
 def runs_of(figure: Figure, runs: dict[str, Run]) -> list[Run]:
     """The runs behind a figure; [] where the scale leaves one of them out."""
-    names = {run.name for run in runs.values()}
-    there = all(any(name == u or u.endswith("-") and name.startswith(u) for name in names) for u in figure.uses)
-    used = [r for r in runs.values() for u in figure.uses if r.name == u or u.endswith("-") and r.name.startswith(u)]
-    return used if there else []
+    by_use = [
+        [run for run in runs.values() if run.name == use or (use.endswith("-") and run.name.startswith(use))]
+        for use in figure.uses
+    ]
+    return [run for used in by_use for run in used] if all(by_use) else []
 
 
 def fingerprints(name: str, scale: Scale) -> dict[str, str]:
     """Of the code that made a figure's data, and of each run behind it."""
     runs, figure = by_id(scale), FIGURES[name]
-    helpers = (point, panel, tested, over_steps, rewards, tests, figure.make)
-    made_by = digest([*map(meaning, helpers), repr(figure.uses), repr(LABELS), REWARD, ACCURACY])
+    helpers = (point, panel, tested, over_steps, rewards, accuracies, figure.make)
+    made_by = digest(
+        [*map(meaning, helpers), repr(figure.uses), repr((LABELS, WHEN, TEST, MISTAKES, REWARD, ACCURACY))]
+    )
     return {"figure": made_by} | {run.id: fingerprint(run, runs) for run in runs_of(figure, runs)}
 
 
@@ -336,10 +338,7 @@ def write_figures(out: Path, scale: Scale) -> None:
             "figure": name,
             "scale": scale.name,
             "made_by": fingerprints(name, scale),
-            "runs": {
-                i: {k: file[k] for k in ("seconds", "date")} | {"settings": runs[i].settings}
-                for i, file in files.items()
-            },
+            "runs": {i: {k: files[i][k] for k in ("seconds", "date")} | {"settings": runs[i].settings} for i in files},
             "panels": figure.make(records) if used else [],
         }
         train.write_atomically(out / f"{name}.json", json.dumps(data, indent=1).encode())
@@ -508,7 +507,8 @@ table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem .
 """
 INTRO = """<p>The analyses of <a href="https://arxiv.org/abs/2510.05592">AgentFlow (arXiv 2510.05592)</a> on a made-up
 world of 300 articles with a planner of 0.7 million parameters. The sizes of the effects are this world's own; the
-paper's numbers stand in each caption. Every sentence below a figure is made from its numbers.</p>
+paper's numbers stand in each caption. Numbers and verdicts below a figure are computed from its JSON; reasons
+are guesses.</p>
 <p class="small">Shares have Wilson intervals, lengths and turns mean ± 1.96 standard errors, over all seeds' values.
 Values of one question, or of one seed, are alike, and the seeds share their test questions: intervals are a little too
 narrow, and a difference is called clear only if the seeds do not overlap either.</p>
