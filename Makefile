@@ -1,6 +1,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 GPU_VENV := .venv-gpu
+QUICK ?= # 1: `make paper` in minutes, with fewer seeds and steps
 VLLM ?= # another build of vllm than the one from the package index: a wheel's file or URL
 
 train: $(VENV)/installed
@@ -9,6 +10,10 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest
+
+# The paper's analyses in small, and a page of them: paper/index.html. QUICK=1 takes minutes instead of hours.
+paper: $(VENV)/installed
+	$(VENV)/bin/python paper.py $(if $(filter-out 0,$(QUICK)),--quick)
 
 # vLLM, LoRA and 8-bit Adam: an environment of its own beside the small one.
 gpu: $(GPU_VENV)/installed
@@ -27,4 +32,4 @@ $(GPU_VENV)/installed: requirements.txt requirements-gpu.txt
 	$(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-gpu.txt $(VLLM)
 	touch $@
 
-.PHONY: train test gpu test-gpu
+.PHONY: train test paper gpu test-gpu

@@ -17,7 +17,7 @@ import re
 import string
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -341,15 +341,15 @@ def encoder(tokenizer):
     return encode
 
 
-def new_model(out: Path, seed: int) -> None:
-    """Write the tokenizer and a model with random weights."""
+def new_model(out: Path, seed: int, layers: int = 3) -> None:
+    """Write the tokenizer and a model with random weights; the circuit that it begins with takes two layers."""
     build_tokenizer(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,  # head size 32
         num_key_value_heads=4,
         intermediate_size=320,
@@ -438,6 +438,7 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
 def train_stage(out: Path, number: int, args: argparse.Namespace) -> None:
     """Train the model in `out` on a stage's rows and write it back."""
     stage, seed = STAGES[number], args.seed + number
+    stage = replace(stage, steps=max(1, round(args.share * stage.steps)))
     tokenizer, model = AutoTokenizer.from_pretrained(out), Qwen2ForCausalLM.from_pretrained(out).train()
     # Muon for the matrices of the layers, AdamW for embeddings, norms and biases: fewer steps than AdamW alone.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -511,21 +512,34 @@ def check(folder: Path) -> None:
     print(table(results))
 
 
-if __name__ == "__main__":
+def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=BACKBONE, help="folder to write the model to, or to check")
     parser.add_argument("--check", action="store_true", help="train nothing, measure the model in --out")
     parser.add_argument("--from_stage", type=int, default=1, help="stage to begin with; above 1: on the model in --out")
+    parser.add_argument("--layers", type=int, default=3, help="layers of the model, at least 2")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="share of each stage's steps: below 1 is a worse model"
+    )
     parser.add_argument("--rows_per_step", type=int, default=64, help="prompts with their completions in one step")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW (embeddings) at its peak")
     parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of Muon (matrices) at its peak")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the worlds and the order")
-    args = parser.parse_args()
+    return parser
+
+
+def make_backbone(args: argparse.Namespace) -> None:
+    """All stages, from random weights or from the model of the stage before."""
+    if args.from_stage == 1:
+        new_model(args.out, args.seed, args.layers)
+    for number in range(args.from_stage - 1, len(STAGES)):
+        train_stage(args.out, number, args)
+
+
+if __name__ == "__main__":
+    args = flags().parse_args()
     if not args.check:
-        if args.from_stage == 1:
-            new_model(args.out, args.seed)
-        for number in range(args.from_stage - 1, len(STAGES)):
-            train_stage(args.out, number, args)
+        make_backbone(args)
     check(args.out)

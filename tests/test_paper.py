@@ -1,0 +1,303 @@
+"""The paper's analyses in small: variants against numbers worked by hand, runs that are not repeated, a true page."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import paper
+import paper_runs
+import train
+from flow_grpo import flow_grpo_loss, group_advantages
+from llm import UserError
+from paper_runs import SCALES, by_id, do, do_all, fading_credit, fingerprint, last_turn, sequence_ratio, turn_pooled
+
+ROOT = Path(__file__).parent.parent
+TINY = SCALES["tiny"]
+
+# --- variants ---------------------------------------------------------------------------------------------------------
+
+
+def test_credit_of_the_turns():
+    """Two trajectories of three turns and of one, advantages 2 and -3."""
+    advantages = torch.tensor([[2.0, -3.0]])
+    assert last_turn(advantages, [3, 1]).tolist() == [0, 0, 2, -3]
+    assert fading_credit(advantages, [3, 1]).tolist() == [0.5, 1, 2, -3]
+
+
+def test_statistics_pooled_over_turns():
+    """4 wins of 3 turns, 4 losses of 1 turn: 12 rows of 1 and 4 of 0 have mean 3/4 and std sqrt(16 * 3/16 / 15)."""
+    rewards, turns = torch.tensor([[1.0] * 4 + [0.0] * 4, [1.0] * 8]), [3] * 4 + [1] * 4 + [2] * 8
+    rows = turn_pooled(group_advantages(rewards), turns)
+    assert rows[:12].tolist() == pytest.approx([0.25 / math.sqrt(0.2)] * 12, abs=1e-5)  # 0.559
+    assert rows[12:16].tolist() == pytest.approx([-0.75 / math.sqrt(0.2)] * 4, abs=1e-5)  # -1.677
+    assert rows[16:].tolist() == [0.0] * 16  # all solved: no signal, and no nan
+    without_std = turn_pooled(group_advantages(rewards, normalize_std=False), turns)
+    assert torch.allclose(rows, without_std, atol=1e-5)  # Eq. 7's numbers or the rewards: the same
+
+
+def test_ratio_of_a_turn_is_the_geometric_mean():
+    """One row with token ratios 2 and 1/2: their mean is 1. Another with 3 and 3 and a pad: 3, clipped to 1.5."""
+    old = torch.full((2, 3), -1.0)
+    logprobs = old + torch.tensor([[2.0, 0.5, 1.0], [3.0, 3.0, 7.0]]).log()
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    weights, advantages = torch.tensor([0.5, 0.5]), torch.tensor([1.0, 1.0])
+    loss, stats = sequence_ratio(logprobs, old, None, advantages, mask, weights, clip_high=0.5)
+    assert loss.item() == pytest.approx(-(0.5 * 1 + 0.5 * 1.5))
+    assert stats["ratio"].item() == pytest.approx(0.5 * 1 + 0.5 * 3)
+    assert stats["clip_fraction"].item() == pytest.approx(0.5)
+
+
+def test_ratio_of_a_turn_begins_as_flow_grpo_and_keeps_its_kl():
+    torch.manual_seed(0)
+    logprobs, ref = -torch.rand(3, 4), -torch.rand(3, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    rest = (ref, torch.tensor([1.0, -2.0, 0.5]), mask, torch.tensor([0.25, 0.25, 0.5]))
+    gradients, kls = [], []
+    for loss_function in (flow_grpo_loss, sequence_ratio):
+        x = logprobs.clone().requires_grad_()
+        loss, stats = loss_function(x, logprobs, *rest, kl_coef=0.5)
+        gradients.append(torch.autograd.grad(loss, x)[0])
+        kls.append(stats["kl"].item())
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 0.1
+    assert kls[0] == pytest.approx(kls[1]) and kls[0] > 0
+
+
+def test_every_edit_is_shown_as_it_is_run():
+    shown = {name for figure in paper.FIGURES.values() for name in figure.variants}
+    assert shown == set(paper_runs.PATCHES) | set(paper_runs.FLAGS) - {"two-updates"}
+    for name, (place, function) in paper_runs.PATCHES.items():
+        assert hasattr(train, place) and f"def {function.__name__}(" in paper.code_of(name)
+    assert paper.code_of("no-std") == "- normalize_std = True\n+ normalize_std = False\n"
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale, minutes, left_out", [("full", 110, []), ("quick", 13, ["size"])])
+def test_the_plan_keeps_to_its_time(scale, minutes, left_out):
+    runs = paper_runs.plan(SCALES[scale])
+    assert left_out == [n for n, f in paper.FIGURES.items() if not paper.runs_of(f, by_id(SCALES[scale]))]
+    assert len({run.id for run in runs}) == len(runs)
+    assert sum(run.seconds for run in runs) / 60 < minutes
+    for n, run in enumerate(runs):
+        assert set(run.needs) <= {before.id for before in runs[:n]}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """All runs of the tiny scale: one of each kind is real, the other trainings are given the record of one of them."""
+    out = tmp_path_factory.mktemp("paper")
+    runs, folder = by_id(TINY), out / "runs-tiny"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for name in ("main", "taught", "turn-budget", "gspo"):
+            run = runs[f"{name}-seed0"]
+            do(run, folder / run.id, fingerprint(run, runs))
+    record = json.loads((folder / "gspo-seed0" / "record.json").read_text())
+    for run in runs.values():
+        if not (folder / run.id).exists():
+            (folder / run.id).mkdir()
+            made_by, data = fingerprint(run, runs), record["data"]
+            data = {"small": 1, "bundled": 2} if run.name == "pretrain" else data
+            text = json.dumps(record | {"fingerprint": made_by, "data": data})
+            (folder / run.id / "record.json").write_text(text)
+    paper.write_figures(out, TINY)
+    return out
+
+
+def test_a_run_uses_its_variant(out):
+    """And the function that it replaced is back afterwards."""
+    assert train.flow_grpo_loss is flow_grpo_loss
+    config = json.loads((out / "runs-tiny" / "gspo-seed0" / "config.json").read_text())
+    assert (config["updates_per_step"], config["clip_high"]) == (2, 0.04)
+    steps = json.loads((out / "runs-tiny" / "gspo-seed0" / "record.json").read_text())["data"]["steps"]
+    assert [step["step"] for step in steps] == [1, 2] and steps[0]["reward"][0] == 4
+
+
+def test_imitation_learns_the_plans_it_is_shown():
+    """Fifteen steps on one row make its completion likely: the rows and the loss are what they should be."""
+    from llm import load_model
+    from tinyworld import pretrain
+
+    policy, tokenizer = load_model(ROOT / "tinyworld" / "backbone")
+    plan = pretrain.render_plan("the capital of Zilath is unknown", pretrain.w.find("capital", "Zilath"))
+    ids, begin = pretrain.encoder(tokenizer)("Question: What is the capital of Zilath?", plan)
+    row = (ids[:begin], ids[begin:])
+    before = paper_runs.token_logprobs(policy, [row[0]], [row[1]])[0].sum().item()
+    paper_runs.fine_tune(policy, [row], 15, seed=0)
+    assert paper_runs.token_logprobs(policy, [row[0]], [row[1]])[0].sum().item() > min(before / 2, -0.5)
+    assert before < -5
+
+
+def test_stopped_and_started_again_no_finished_run_is_repeated(out, tmp_path):
+    shutil.copytree(out, tmp_path / "paper")
+    folder = tmp_path / "paper" / "runs-tiny"
+    shutil.rmtree(folder / "no-std-seed0")
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("*/record.json")}
+    refused = []
+
+    def stop() -> None:
+        while not (folder / "no-std-seed0" / "config.json").exists():
+            time.sleep(0.05)
+        try:
+            do_all(tmp_path / "paper", TINY)  # nobody else works in that folder now
+        except UserError as error:
+            refused.append(str(error))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_sigint = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(UserError, match="stopped; the same command continues"):
+        do_all(tmp_path / "paper", TINY)
+    signal.signal(signal.SIGINT, at_sigint)
+    assert "another paper.py" in refused[0]
+    assert not (folder / "no-std-seed0" / "record.json").exists()
+
+    runs = by_id(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        do(runs["no-std-seed0"], folder / "no-std-seed0", fingerprint(runs["no-std-seed0"], runs))
+        patch.setattr(paper_runs, "work_on", lambda run, *_: pytest.fail(f"{run.id} is run again"))
+        do_all(tmp_path / "paper", TINY)
+    assert finished == {path: path.stat().st_mtime_ns for path in finished}
+
+
+def test_a_run_of_other_code_is_made_again(out, tmp_path, monkeypatch):
+    shutil.copytree(out, tmp_path / "paper")
+    monkeypatch.setitem(paper_runs.PATCHES, "last-turn", ("broadcast_to_turns", fading_credit))
+    again = []
+    monkeypatch.setattr(paper_runs, "work_on", lambda run, *_: again.append(run.id))
+    do_all(tmp_path / "paper", TINY)
+    assert again == ["last-turn-seed0"]
+    monkeypatch.setattr(paper_runs, "code_digest", lambda: "other")
+    do_all(tmp_path / "paper", TINY)
+    assert set(again) == set(by_id(TINY))
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    run = by_id(TINY)["main-seed0"]
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not made by paper.py"):
+        do(run, tmp_path, "made by")
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_run_that_fails_says_why(out, tmp_path, monkeypatch):
+    shutil.copytree(out, tmp_path / "paper")
+    shutil.rmtree(tmp_path / "paper" / "runs-tiny" / "gspo-seed0")
+    (tmp_path / "paper.py").write_text("print('much'); raise SystemExit('no space left')")  # in the place of ours
+    monkeypatch.setattr(paper_runs, "ROOT", tmp_path)
+    with pytest.raises(UserError, match=r"gspo-seed0 failed \(no space left\); .*gspo-seed0.log has more"):
+        do_all(tmp_path / "paper", TINY)
+
+
+# --- figures and page -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(out):
+    return paper.write_page(out).read_text()
+
+
+def test_the_page_needs_the_json_alone(out, page, tmp_path, monkeypatch):
+    for path in out.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["paper.py", "--figures", "--out", str(tmp_path)])
+    paper.main()
+    assert (tmp_path / "index.html").read_text() == page
+
+
+def test_every_figure_has_what_it_must(out, page):
+    assert len(paper.FIGURES) >= 12
+    for name, figure in paper.FIGURES.items():
+        data = json.loads((out / f"{name}.json").read_text())
+        section = page.split(f'<section id="{name}">')[1].split("</section>")[0]
+        assert section.count("<svg") == len(data["panels"]) > 0 and f'href="{name}.json"' in section
+        assert "In the paper.</b> " + paper.html.escape(figure.paper) in section and "seed 0" in section
+        for panel in data["panels"]:
+            assert panel["y"] in section and panel["x"] in section and "95 % intervals" in section
+            points = [point for series in panel["series"].values() for point in series]
+            assert points and all(p["low"] <= p["y"] <= p["high"] for p in points)
+            assert all(p["n"] >= 1 and p["seeds"] for p in points)
+        claims = [line for claim in figure.claims if (line := paper.sentence(data, claim))]
+        assert claims and all("(n = " in line and "seed 0" in line and "[" in line for line in claims)
+    assert "quick version" in page
+
+
+def test_the_page_loads_nothing_and_runs_nothing(page):
+    assert "default-src 'none'" in page and "<script" not in page
+    assert set(re.findall(r'(?:src|href)="(?!#|\w[\w-]*\.json)([^"]*)"', page)) == {"https://arxiv.org/abs/2510.05592"}
+    assert not re.search(r"@import|url\((?!#)", page)
+    ids = re.findall(r'clipPath id="([^"]*)"', page)
+    assert len(set(ids)) == len(ids)  # no drawing is clipped by another's frame
+
+
+def test_text_is_shown_not_run(out):
+    data, evil = json.loads((out / "main.json").read_text()), "<script>alert(1)</script>"
+    (panel,) = data["panels"]
+    panel["y"], panel["series"][evil] = evil, [p | {"x": evil} for p in panel["series"].pop("untrained")]
+    claim = paper.Claim((evil, evil), (evil, evil), 1, evil, evil)
+    figure = paper.Figure(evil, ("main",), paper.main_result, evil, (claim,))
+    shown = paper.section("main", figure, data)
+    assert "<script" not in shown and shown.count("&lt;script") >= 10
+
+
+@pytest.mark.parametrize("what", ["core", "figure", "variant", "settings", "missing", "cut", "scales"])
+def test_stale_json_is_refused(out, page, tmp_path, monkeypatch, what):
+    for path in [*out.glob("*.json"), out / "index.html"]:
+        shutil.copy(path, tmp_path)
+    if what == "core":
+        monkeypatch.setattr(paper_runs, "code_digest", lambda: "other")
+    elif what == "figure":
+        monkeypatch.setattr(paper, "point", paper.panel)
+    elif what == "variant":
+        monkeypatch.setitem(paper_runs.PATCHES, "gspo", ("flow_grpo_loss", flow_grpo_loss))
+    elif what == "settings":
+        monkeypatch.setitem(paper_runs.FLAGS, "no-kl", {"kl_coef": 0.5})
+    elif what == "missing":
+        (tmp_path / "main.json").unlink()
+    elif what == "cut":
+        (tmp_path / "main.json").write_text('{"figure": "ma')
+    else:
+        data = json.loads((tmp_path / "main.json").read_text()) | {"scale": "quick"}
+        (tmp_path / "main.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="make paper"):
+        paper.write_page(tmp_path)
+    assert (tmp_path / "index.html").read_text() == page
+
+
+def test_comments_and_layout_make_nothing_stale():
+    assert paper_runs.meaning("x = 1  # one") == paper_runs.meaning("x   =   1")
+    assert paper_runs.meaning("x = 1") != paper_runs.meaning("x = 2")
+
+
+@pytest.mark.skipif(not (ROOT / "paper" / "main.json").exists(), reason="make paper has not been run here")
+def test_the_json_that_lies_here_is_not_older_than_the_code():
+    assert set(paper.read_figures(ROOT / "paper")) == set(paper.FIGURES)
+
+
+def test_sentences_follow_from_the_numbers():
+    def data(a: list[float], b: list[float], n: int) -> dict:
+        points = {name: [paper.point("all", {s: [n, n * x, n * x] for s, x in enumerate(xs)})] for name, xs in
+                  (("a", a), ("b", b))}  # fmt: skip
+        return {"panels": [paper.panel("x", "y", points)]}
+
+    claim = paper.Claim(("a", "all"), ("b", "all"), -1, "-19.0 points", "Other data.")
+    clear = paper.sentence(data([0.9, 0.92], [0.5, 0.52], 100), claim)
+    assert clear.startswith("a, all: 91.0 % [86.2, 94.2] (n = 200, seeds 0, 1); b, all: 51.0 %")
+    assert "+40.0 points, clear" in clear and "the other direction here. A possible reason: Other data." in clear
+    agrees = paper.sentence(data([0.5, 0.52], [0.9, 0.92], 100), claim)
+    assert agrees.endswith("Paper: -19.0 points; the same direction here.")
+    assert "not clear" in paper.sentence(data([0.5], [0.6], 20), claim)  # the intervals overlap
+    assert "not clear" in paper.sentence(data([0.5, 0.7], [0.6, 0.3], 4000), claim)  # the seeds overlap
+    assert paper.sentence(data([0.5], [0.6], 20), paper.Claim(("a", "all"), ("c", "all"))) == ""
