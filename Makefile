@@ -19,7 +19,7 @@ paper: $(VENV)/installed
 gpu: $(GPU_VENV)/installed
 
 test-gpu: $(GPU_VENV)/installed
-	$(GPU_VENV)/bin/python -m pytest tests/test_vllm.py
+	$(GPU_VENV)/bin/python -m pytest -n 0 tests/test_vllm.py
 
 # Made again only when the requirements change.
 $(VENV)/installed: requirements.txt

@@ -323,7 +323,7 @@ def test_units_the_question_asks_for(question, accepted, prediction, reward):
     assert rule_judge(question, accepted, prediction) == reward
 
 
-@pytest.mark.parametrize("accepted", {pair[0] for pair in RIGHT + WRONG if isinstance(pair[0], str)})
+@pytest.mark.parametrize("accepted", sorted({pair[0] for pair in RIGHT + WRONG if isinstance(pair[0], str)}))
 def test_an_accepted_answer_matches_itself_and_its_lead_in(accepted):
     assert rule_judge(CAPITAL, accepted, accepted) == 1.0
     assert rule_judge(CAPITAL, accepted, f"The answer is {accepted}") == 1.0

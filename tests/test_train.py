@@ -1,7 +1,6 @@
 """The whole loop on the bundled backbone: a run and its folder, resume bit for bit, stops, and bad input."""
 
 import json
-import os
 import re
 import resource
 import signal
@@ -71,7 +70,6 @@ def timeless(run: Path) -> list[dict]:
 def finished(tmp_path_factory):
     """One uninterrupted run."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    torch.set_num_threads(2)
     train.main(tiny(run))
     return run
 
@@ -131,7 +129,7 @@ def test_the_checkpoint_is_a_plain_model_folder(finished):
 def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
     """SIGKILL after step 3, one step past the last checkpoint; the same command then ends like the whole run."""
     run = tmp_path / "killed"
-    process = command(tiny(run), env=os.environ | {"OMP_NUM_THREADS": "2"})
+    process = command(tiny(run))
     wait_for_steps(run, 3, process)
     process.kill()
     process.wait()
@@ -148,7 +146,7 @@ def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
 
 def test_ctrl_c_saves_and_exits_cleanly(finished, tmp_path, capsys):
     run = tmp_path / "stopped"
-    process = command(tiny(run, save_every=100), env=os.environ | {"OMP_NUM_THREADS": "2"})
+    process = command(tiny(run, save_every=100))
     wait_for_steps(run, 1, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
