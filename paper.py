@@ -282,7 +282,7 @@ FIGURES = {
         "Fig. 9: Flow-GRPO helps backbones of 3B and of 7B, in bars without numbers. There the backbone plays all "
         "modules; here the planner alone is smaller: 2 of 3 layers, and half the pretraining steps.",
         (Claim((TRAINED, FIRST), (UNTRAINED, FIRST), 1, "more"), Claim((TRAINED, LAST), (UNTRAINED, LAST), 1, "more"),
-         Claim((TRAINED, LAST), (TRAINED, FIRST), 1, "more for the larger one")),
+         Claim((TRAINED, LAST), (TRAINED, FIRST))),
     ),
     "group": Figure(
         "Group size", ("baseline", "group-"), by_group,
@@ -406,6 +406,7 @@ def draw_panel(axis: Any, of: dict) -> None:
         else:
             axis.plot(x, y, color=colour, label=label, marker="." if len(x) < 12 else None)
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.xaxis.get_major_locator().set_params(integer=True)
     if in_words:
         axis.set_xticks(range(len(categories)), categories, rotation=20, ha="right")
         axis.set_xlim(-0.5, len(categories) - 0.5)
