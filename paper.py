@@ -112,7 +112,7 @@ def how_trained(records: Records) -> list[dict]:
     main, taught = records["main"], records["taught"]
     bars = {
         "frozen": {seed: r["before"] for seed, r in main.items()},
-        "stronger, frozen": {seed: r["teacher"] for seed, r in taught.items()},
+        "ideal in 3 of 4 turns, frozen": {seed: r["teacher"] for seed, r in taught.items()},
         "fine-tuned on its successes": {seed: r["student"] for seed, r in taught.items()},
         "Flow-GRPO": {seed: r["after"] for seed, r in main.items()},
     }
@@ -121,7 +121,12 @@ def how_trained(records: Records) -> list[dict]:
 
 
 def side_by_side(records: Records) -> list[dict]:
-    return [rewards(records, tuple(records)), accuracies(records, tuple(records))]
+    names = tuple(records)
+    panels = [rewards(records, names), accuracies(records, names)]
+    if "two-updates" in names:  # does the clip do anything?
+        clipped = {LABELS[n]: over_steps(records[n], lambda step: step["clipped"]) for n in names}
+        panels.append(panel("step", "tokens clipped in the second update (%)", clipped) | {"top": None})
+    return panels
 
 
 def credit(records: Records) -> list[dict]:
@@ -225,7 +230,7 @@ FIGURES = {
         "Table 3, mean of six benchmarks: frozen 38.5 %, GPT-4o frozen 44.3 %, fine-tuned on GPT-4o's traces 19.5 %, "
         "Flow-GRPO 55.7 %. Here the stronger planner plans ideally in 3 of 4 turns and as clumsily as the backbone's "
         "own teacher in the fourth; fine-tuning sees its successful trajectories, one for a question, 3 times.",
-        (Claim((TEST, "stronger, frozen"), (TEST, "frozen"), 1, "+5.8 points"),
+        (Claim((TEST, "ideal in 3 of 4 turns, frozen"), (TEST, "frozen"), 1, "+5.8 points"),
          Claim((TEST, "fine-tuned on its successes"), (TEST, "frozen"), -1, "-19.0 points",
                "Here the traces are in the very words that the planner already writes, their noise is known, and only "
                "successes are kept. The paper gives neither number nor filter of its traces; a fall below the frozen "
@@ -234,7 +239,7 @@ FIGURES = {
          Claim((TEST, "Flow-GRPO"), (TEST, "fine-tuned on its successes"), 1, "+36.2 points",
                "Successes that are imitated teach the same habits here, and are given by a planner that knows the "
                "way; Flow-GRPO has to find it."),
-         Claim((TEST, "Flow-GRPO"), (TEST, "stronger, frozen"), 1, "+11.4 points",
+         Claim((TEST, "Flow-GRPO"), (TEST, "ideal in 3 of 4 turns, frozen"), 1, "+11.4 points",
                "The stronger planner here reads its plans off the facts; GPT-4o has to find them.")),
     ),
     "credit": Figure(
@@ -277,7 +282,7 @@ FIGURES = {
         "Fig. 9: Flow-GRPO helps backbones of 3B and of 7B, in bars without numbers. There the backbone plays all "
         "modules; here the planner alone is smaller: 2 of 3 layers, and half the pretraining steps.",
         (Claim((TRAINED, FIRST), (UNTRAINED, FIRST), 1, "more"), Claim((TRAINED, LAST), (UNTRAINED, LAST), 1, "more"),
-         Claim((TRAINED, LAST), (TRAINED, FIRST), 1, "more for the larger one")),
+         Claim((TRAINED, LAST), (TRAINED, FIRST))),
     ),
     "group": Figure(
         "Group size", ("baseline", "group-"), by_group,
@@ -401,10 +406,11 @@ def draw_panel(axis: Any, of: dict) -> None:
         else:
             axis.plot(x, y, color=colour, label=label, marker="." if len(x) < 12 else None)
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.xaxis.get_major_locator().set_params(integer=True)
     if in_words:
         axis.set_xticks(range(len(categories)), categories, rotation=20, ha="right")
         axis.set_xlim(-0.5, len(categories) - 0.5)
-    axis.set(xlabel=of["x"], ylabel=of["y"], ylim=(0, 102) if of["share"] else (0, None))
+    axis.set(xlabel=of["x"], ylabel=of["y"], ylim=(0, of.get("top", 102 if of["share"] else None)))
     axis.grid(alpha=0.3)
     if len(of["series"]) > 1:
         axis.legend(fontsize=8)
@@ -518,10 +524,12 @@ narrow, and a difference is called clear only if the seeds do not overlap either
 def write_page(out: Path) -> Path:
     """OUT/index.html from the figures' JSON, which must be of this code."""
     figures, e = read_figures(out), html.escape
-    page = PAGE + (QUICK_NOTE if next(iter(figures.values()))["scale"] != "full" else "") + INTRO
+    scale = SCALES[figures["main"]["scale"]]
+    page = PAGE + ("" if scale.name == "full" else QUICK_NOTE) + INTRO
     page += "".join(section(name, FIGURES[name], data) for name, data in figures.items())
     page += '<section id="runs">\n<h2>Runs</h2>\n'
-    page += "<p>Any of them can be looked into: <code>python report.py paper/runs/main-seed0</code></p>\n"
+    example = folder_of_runs(out, scale) / "main-seed0"
+    page += f"<p>A training run can be looked into: <code>python report.py {e(str(example))}</code></p>\n"
     page += '<div class="wide">\n<table class="small">\n'
     page += "<tr><th>run</th><th>date</th><th>minutes since last start</th><th>differs from the defaults</th></tr>\n"
     for i, run in {i: run for data in figures.values() for i, run in data["runs"].items()}.items():

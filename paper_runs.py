@@ -117,7 +117,9 @@ class Scale:
     share: float = 0.0  # of the pretraining steps, for the smaller backbone; 0: none
 
 
-SHORT = dict(dev_questions=1, eval_every=1000)  # the comparisons look at the training reward and the test alone
+SHORT = dict(
+    dev_questions=1, eval_every=1000, save_every=5
+)  # the comparisons look at the training reward and the test alone
 SCALES = {
     "full": Scale(
         "full", (0, 1, 2), {}, (0, 1), SHORT | dict(steps=20, test_questions=300),
@@ -129,7 +131,7 @@ SCALES = {
         taught=320, budgets=(1, 2, 3, 4, 5, 6, 7, 8), budget_questions=60, group_sizes=(2,),
     ),
     "tiny": Scale(  # of the tests
-        "tiny", (0,), SHORT | dict(steps=2, questions_per_step=2, group_size=4, test_questions=4, max_turns=2),
+        "tiny", (0,), SHORT | dict(steps=2, questions_per_step=2, group_size=2, test_questions=3, max_turns=2),
         (0,), SHORT | dict(steps=2, questions_per_step=2, group_size=2, test_questions=2, max_turns=2),
         taught=4, budgets=(1, 2), budget_questions=2, group_sizes=(4,), share=0.001,
     ),
@@ -151,8 +153,9 @@ class Run:
 
 
 def plan(scale: Scale) -> list[Run]:
-    """All runs, in order. Their seconds follow from what was measured: 0.042 for a trajectory of a training step, 0.012
-    for a further update on it, 0.035 for a test question, 12 to start a process."""
+    """All runs, in order. Their seconds are estimates, a little above what the runs of the README took: 0.042 for a
+    trajectory of a training step, 0.012 for a further update on it, 0.035 for a test question, 12 to start a process.
+    """
 
     def training(name: str, seed: int, flags: dict, needs: tuple[str, ...] = ()) -> Run:
         c = train.Config(**flags)
@@ -197,19 +200,22 @@ def train_planner(run: Run, folder: Path) -> dict:
 
 def training_steps(folder: Path) -> list[dict]:
     """What each step's rollouts were, as counts and sums: those of several seeds add up."""
+    metrics = {m["step"]: m for m in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+    steps = []
     with (folder / "rollouts.jsonl").open() as file:
-        steps = []
         for step, group in groupby(map(json.loads, file), key=lambda t: t["step"]):
             trajectories = list(group)
             turns = [turn for t in trajectories for turn in t["turns"]]
             counts, lengths = [len(t["turns"]) for t in trajectories], [len(turn["completion_ids"]) for turn in turns]
-            tools = Counter(turn["tool"] for turn in turns)
+            tools, tokens = Counter(turn["tool"] for turn in turns), sum(lengths)
+            clipped = metrics[step]["clip_fraction"] * tokens
             steps.append({
                 "step": step,
                 "reward": moments([t["reward"] for t in trajectories]),
                 "turns": moments(counts),
                 "tokens": moments(lengths),
                 "errors": moments([bool(turn["error"]) for turn in turns]),
+                "clipped": [tokens, clipped, clipped],
                 "tools": {tool: [len(turns), tools[tool], tools[tool]] for tool in TOOLS},
             })  # fmt: skip
     return steps
