@@ -152,13 +152,8 @@ def evaluate(
     for family in sorted({example.family for example in examples}):
         by_family[family] = accuracy([row for row, example in zip(rewards, examples) if example.family == family])
     judged = judge.report() if judge else {}
-    return {
-        **accuracy(rewards),
-        "trials": trials,
-        "by_family": by_family,
-        **behaviour([t for _, t in pairs], system.tools),
-        **judged,
-    }
+    how = behaviour([trajectory for _, trajectory in pairs], system.tools)
+    return {**accuracy(rewards), "trials": trials, "by_family": by_family, **how, **judged}
 
 
 def accuracy(rewards: list[list[float]]) -> dict[str, Any]:
@@ -252,9 +247,10 @@ NOT_OF_AN_ANSWER = ("planners", "task", "split", "questions", "trials", "in_flig
                     "judge", "judge_model", "judge_tokens", "judge_compare")  # fmt: skip
 
 
-def depends_on(config: EvalConfig, model: str) -> str:
+def depends_on(config: EvalConfig, model: str, offered: Iterable[str]) -> str:
     """All that a planner's answers depend on: flags, code, and the files of models and corpus, by size and time."""
     flags = {name: value for name, value in asdict(config).items() if name not in NOT_OF_AN_ANSWER}
+    flags["tools"] = list(offered)  # without a key, a tool that was named may not be among them
     code = [(Path(__file__).parent / name).read_text() for name in ("agent.py", "llm.py", "tools.py", "web.py")]
     paths = [Path(path) for path in (model, config.frozen_model, config.corpus) if path]
     files = [file for path in paths for file in (sorted(path.glob("*")) if path.is_dir() else [path]) if file.exists()]
@@ -384,11 +380,10 @@ def main(config: EvalConfig) -> None:
     for name in dict.fromkeys(config.planners):
         model = planner_folder(name.removeprefix("bare:"))
         planner = open_engine(config.engine, model, device, dtype, config.tokenizer, **vllm)
-        bare = name.startswith("bare:")
-        system = AgentSystem(planner, frozen, corpus, sandbox, *limits, tools=tools, web=web, bare=bare)
+        system = AgentSystem(planner, frozen, corpus, sandbox, *limits, tools, web, bare=name.startswith("bare:"))
         results[name] = {}
         for task, examples in tasks.items():
-            answers = Answers(path, kept, name, task, depends_on(config, model)) if path else None
+            answers = Answers(path, kept, name, task, depends_on(config, model, tools)) if path else None
             label = f"{name}, {task}" if len(tasks) > 1 else name
             results[name][task] = evaluate(
                 system, examples, config.temperature, (config.seed, "eval"), label,

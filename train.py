@@ -113,7 +113,7 @@ class Config:
     optimizer: str = setting("adamw", "adamw; adamw8bit: moments in 8 bits, stochastic rounding of bfloat16 weights")
     lora_rank: int = setting(0, "train a LoRA adapter of this rank on all linear layers; 0: train all weights")
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass: less memory, more time")
-    packed: bool = setting(False, "rows end to end instead of padded; for --attention flash_attention_2")
+    packed: bool = setting(False, "rows end to end instead of padded; pays with flash attention")
     attention: str = setting("sdpa", "attn_implementation of transformers in the trainer")
     max_sampler_gap: float = setting(
         0.0, "mean |sampler - trainer| log-prob that stops the run; 0: 0.001 in float32, else 0.1"

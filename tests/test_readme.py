@@ -38,10 +38,12 @@ RUN_ELSEWHERE = {
     "pytest",
     "make gpu",
     "make test-gpu",
+    "make paper",
+    "make paper QUICK=1",
     "python -m tinyworld.pretrain --check",
     "python bench.py --shape qwen2.5-1.5b --engine vllm",
     "recipes/0.5b-24gb.sh",
-}  # CI, tests/test_eval.py, tests/test_vllm.py, tests/test_recipes.py; a shape takes minutes and a GPU
+}  # CI, and tests of their own; a shape takes minutes and a GPU
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_commands_run(command, folder):
 
 
 def test_make_commands_exist():
-    for target in ("train", "test", "gpu", "test-gpu"):
+    for target in ("train", "test", "paper", "gpu", "test-gpu"):
         assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0
 
 
