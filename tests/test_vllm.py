@@ -312,6 +312,11 @@ def test_a_server_of_the_same_build(questions, tmp_path):
         server.wait(30)
 
 
+def test_nothing_imports_vllm_before_it_is_asked_for():
+    code = "import train, sys; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_another_device():
     other = "cuda" if DEVICE == "cpu" else "cpu"
     with pytest.raises(UserError, match=f"not for {other}: use --engine transformers"):
