@@ -324,10 +324,12 @@ def test_programs_run_at_once_and_the_loop_goes_on(sandbox):
             ticks += 1
         return together.result(), time.time() - start, ticks
 
-    for _ in range(2):  # a second event loop, too
+    measured = []
+    for _ in range(3):  # a second event loop, too; and as other tests share the machine, the fastest counts
         results, seconds, ticks = asyncio.run(many())
         assert results == ["0", "1"] and ticks > 10
-        assert seconds < 2 * 0.3 or os.cpu_count() == 1
+        measured.append(seconds)
+    assert min(measured) < 2 * 0.3 or os.cpu_count() == 1
 
 
 def test_cancelled_program_is_killed(sandbox, monkeypatch):
