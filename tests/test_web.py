@@ -995,7 +995,7 @@ def test_a_group_that_asks_the_same_asks_once(server, client):
         return 200, {}, f"<p>answer {len(server.seen)}".encode()
 
     server.pages["/"] = slow
-    results, _, _ = together(client(cache=""), [f'Web_Search(url="{server.url}", query="page")'] * 16)
+    results, _, _ = together(client(), [f'Web_Search(url="{server.url}", query="page")'] * 16)
     assert results == [(f"({server.url}/)\nanswer 1", True)] * 16 and len(server.seen) == 1
 
 
