@@ -309,7 +309,7 @@ def table_of_tasks(results: dict[str, dict[str, dict]]) -> str:
     """The results {planner: {task: figures}} laid out as in the paper: a row for each planner, a column for each task,
     then the mean of the tasks. Below the accuracy, the other figures in the same way."""
     first = next(iter(results.values()))
-    rows = [["accuracy", *(f"{task} ({count(r)})" for task, r in first.items()), "average"]]
+    rows = [["accuracy", *(f"{Path(task).stem} ({count(r)})" for task, r in first.items()), "average"]]
     for planner, of_task in results.items():
         cells = [percent(r["accuracy"], r["interval"]) for r in of_task.values()]
         rows.append([f"  {planner}", *cells, percent(mean(r["accuracy"] for r in of_task.values()))])

@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ class Web:
     def _answer(self, request: list, fetch: Callable[[], Any]) -> dict:
         name = hashlib.sha256(json.dumps(request).encode()).hexdigest()
         path = self.cache and self.cache / name[:2] / f"{name}.json"
-        with self._locks.setdefault(name, threading.Lock()):
+        with self._locks.setdefault(name, threading.Lock()) if path else nullcontext():  # else waiting gains nothing
             with suppress(OSError, ValueError):  # a damaged file is made anew
                 entry = json.loads(path.read_bytes()) if path else {}
                 if "answer" in entry or (self.frozen and "error" in entry):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,7 +285,8 @@ def test_several_tasks_and_the_bare_model(tmp_path, sums, capsys, asked):
     assert all(row["analysis"].startswith("It doubles.") for row in rows_of(tmp_path / "eval.answers.jsonl")[:6])
     lines = capsys.readouterr().out.splitlines()
     top = next(i for i, line in enumerate(lines) if line.startswith("accuracy"))
-    assert re.split(r"\s{2,}", lines[top]) == ["accuracy", f"{sums[0]} (n = 4)", f"{sums[1]} (n = 2)", "average"]
+    titles = [f"{Path(task).stem} (n = {n})" for task, n in zip(sums, (4, 2))]
+    assert re.split(r"\s{2,}", lines[top]) == ["accuracy", *titles, "average"]
     assert lines[top + 1].split() == [planners[0], *"75.0 % [30.1, 95.4] 100.0 % [34.2, 100.0] 87.5 %".split()]
     assert lines[top + 4] == "turns a question" and lines[top + 5].split() == [planners[0], "-", "-", "-"]
     assert lines[top + 7].split() == [PLANNER, "2.00", "2.00", "2.00"]
