@@ -9,15 +9,15 @@ tokens, equal within a group of 8. One table, and bench.json beside it.
 """
 
 import asyncio
+import itertools
 import json
 import platform
-import resource
 import shutil
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from agent import AgentSystem, Trajectory, Turn
 from eval import run_main, setting
 from flow_grpo import flow_grpo_loss, micro_batches, row_weights, token_logprobs
-from llm import Lockstep, Request, UserError, best_device, open_engine, plain_weights
+from llm import Lockstep, Request, UserError, best_device, open_engine
 from tasks import load_corpus, load_examples
 from tools import Sandbox
-from train import Config, build_trainer, open_engines, precision, set_learning_rate
+from train import Config, build_trainer, open_engines, peak_memory_mb, precision, set_learning_rate, sync
 
 GROUP_SIZE = 8
 SHAPES = {  # layers, hidden size, intermediate size, heads, key-value heads, embeddings tied; vocabulary 151,936
@@ -73,30 +73,31 @@ def main(config: BenchConfig) -> None:
     settings = {name: value for name, value in asdict(config).items() if name in Config.__dataclass_fields__}
     model = make_shape(config.shape, config.model) if config.shape else config.model
     trainer_config = Config(**settings | {"model": model})
-    planner, frozen = open_engines(trainer_config, device) if not config.shape else (None, None)
-    if config.shape:  # the frozen modules would be a second copy of the same
-        planner = open_engine(
-            config.engine, model, device, precision(trainer_config, device)[1], memory_share=config.engine_memory,
-            **dict(can_sleep=True) if config.engine == "vllm" else {},
-        )  # fmt: skip
     sandbox = Sandbox()
     figures = {}
 
     # --- rollouts
-    if config.shape:
-        trajectories = synthetic_rollout(planner, config, seed=0)
-        count_tokens = lambda: planner.tokens_generated  # noqa: E731
-        together = lambda: synthetic_rollout(planner, config, seed=1)  # noqa: E731
+    if config.shape:  # one engine: the frozen modules' would be a second copy of the same
+        dtype, memory = precision(trainer_config, device)[1], config.engine_memory
+        planner = open_engine(config.engine, model, device, dtype, memory_share=memory, can_sleep=True)
+        engines, seeds = [planner], itertools.count()  # new prompts each time: vLLM would know the old ones
+
+        def together() -> list[Trajectory]:
+            return synthetic_rollout(planner, config, next(seeds))
     else:
+        engines = [planner, frozen] = open_engines(trainer_config, device)
         system = AgentSystem(planner, frozen, load_corpus(config.corpus), sandbox, config.max_turns)
         examples = load_examples(config.task, "dev")[: max(1, config.in_flight // GROUP_SIZE)]
         questions = [example.question for example in examples]
-        together = lambda: flat(system.rollout(questions, GROUP_SIZE, 1.0, ("bench",)))  # noqa: E731
-        count_tokens = lambda: planner.tokens_generated + frozen.tokens_generated  # noqa: E731
-        trajectories = together()
-    before = count_tokens()
+
+        def together() -> list[Trajectory]:
+            groups = system.rollout(questions, GROUP_SIZE, 1.0, ("bench",))
+            return [trajectory for group in groups for trajectory in group]
+
+    trajectories = together()
+    before = sum(engine.tokens_generated for engine in engines)
     together()
-    tokens = count_tokens() - before
+    tokens = sum(engine.tokens_generated for engine in engines) - before
     t_rollout = median(config.repeats, together, device)
     figures[f"rollout: trajectories/s, {len(trajectories)} in flight"] = len(trajectories) / t_rollout
     figures["rollout: generated tokens/s"] = tokens / t_rollout
@@ -134,7 +135,8 @@ def main(config: BenchConfig) -> None:
     figures["gradient: peak memory, MB"] = peak_memory(device)
 
     # --- new weights to the engine
-    t_sync = median(config.repeats, lambda: planner.load_weights(plain_weights(policy)), device)
+    with TemporaryDirectory() as folder:  # for an adapter
+        t_sync = median(config.repeats, lambda: sync(planner, policy, Path(folder)), device)
     figures["sync: seconds"] = t_sync
     figures["sync: share of a step"] = t_sync / (t_rollout + t_gradient + t_sync)
 
@@ -231,10 +233,6 @@ def work_of(policy: Any, turns: list[Turn]) -> float:
 # --- the clock --------------------------------------------------------------------------------------------------------
 
 
-def flat(groups: list[list[Trajectory]]) -> list[Trajectory]:
-    return [trajectory for group in groups for trajectory in group]
-
-
 def seconds(run: Any, device: str) -> float:
     start = time.perf_counter()
     run()
@@ -260,7 +258,7 @@ def measured_peak(device: str, dtype: torch.dtype) -> float:
 def peak_memory(device: str) -> float:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak_memory_mb()
 
 
 if __name__ == "__main__":

@@ -92,10 +92,8 @@ def load_model(
     """(model, tokenizer) from a Hugging Face folder, a hub name, or the folder of a LoRA adapter, which is merged into
     its base; `UserError` when it is none of them."""
     if base := adapter_base(path):
-        from peft import PeftModel
-
         model, tokenizer = load_model(base, device, dtype, attention)
-        return PeftModel.from_pretrained(model, path).merge_and_unload().eval(), tokenizer
+        return import_peft().PeftModel.from_pretrained(model, path).merge_and_unload().eval(), tokenizer
     check_folder(path, "config.json", "*.safetensors")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -105,14 +103,19 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-def add_adapter(model: Any, rank: int, seed: int = 0) -> None:
-    """Freeze the model and put a LoRA adapter, in float32, on all its linear layers; it begins as zero."""
+def import_peft() -> Any:
     try:
-        from peft import LoraConfig
+        import peft
     except ImportError:
         raise UserError("LoRA needs the package peft: pip install -r requirements-gpu.txt") from None
+    return peft
+
+
+def add_adapter(model: Any, rank: int, seed: int = 0) -> None:
+    """Freeze the model and put a LoRA adapter, in float32, on all its linear layers; it begins as zero."""
+    settings = import_peft().LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     torch.manual_seed(seed)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    model.add_adapter(settings)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # updates are far smaller than a bfloat16 weight can follow
@@ -135,10 +138,15 @@ def check_folder(path: str | Path, *files: str) -> None:
             raise UserError(f"{path} is not a whole model folder: there is no {file} in it")
 
 
+def adapter_config(path: str | Path) -> dict[str, Any]:
+    """The settings of a LoRA adapter's folder; {} for any other folder."""
+    config = Path(path) / "adapter_config.json"
+    return json.loads(config.read_text()) if config.is_file() else {}
+
+
 def adapter_base(path: str | Path) -> str:
     """The model that a LoRA adapter's folder belongs to; empty for any other folder."""
-    config = Path(path) / "adapter_config.json"
-    return json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else ""
+    return adapter_config(path).get("base_model_name_or_path", "")
 
 
 class Engine:
@@ -354,16 +362,12 @@ class VLLMEngine(Engine):
         can_sleep: bool = False,
     ):
         vllm, base = import_vllm(device), adapter_base(path)
-        if base:
-            lora_rank = json.loads((Path(path) / "adapter_config.json").read_text())["r"]
-        options = dict(enable_lora=True, max_lora_rank=max(8, lora_rank), max_loras=1) if lora_rank else {}
-        if device == "cpu":
-            options["enforce_eager"] = True
-            if lora_rank:
-                # Beside rows with an adapter, a row without one reads slot -1, the last, on a CPU: it must stay empty.
-                options["max_loras"] = 2
-        else:
-            options |= dict(gpu_memory_utilization=memory_share, enable_sleep_mode=can_sleep)
+        lora_rank = adapter_config(path).get("r", lora_rank)
+        on_gpu = dict(gpu_memory_utilization=memory_share, enable_sleep_mode=can_sleep)
+        options = dict(enforce_eager=True) if device == "cpu" else on_gpu
+        if lora_rank:
+            # Beside rows with an adapter, a row without one reads slot -1, the last, on a CPU: it must stay empty.
+            options |= dict(enable_lora=True, max_lora_rank=max(8, lora_rank), max_loras=2 if device == "cpu" else 1)
         try:
             self.llm = vllm.LLM(
                 model=str(base or path), dtype=str(dtype).removeprefix("torch."), **options,
@@ -374,9 +378,7 @@ class VLLMEngine(Engine):
         except (OSError, ValueError, RuntimeError, AssertionError) as error:
             raise UserError(f"vLLM cannot serve {path}: {self._advice(error, base or path, memory_share)}") from error
         super().__init__(self.llm.get_tokenizer(), generation_config)
-        self.engine, self.sampling_params, self.prompt_class = (
-            self.llm.llm_engine, vllm.SamplingParams, vllm.TokensPrompt
-        )  # fmt: skip
+        self.vllm, self.engine = vllm, self.llm.llm_engine
         self.lora_rank, self.lora_request = lora_rank, None
         self.can_sleep, self.asleep = can_sleep and device != "cpu", False
         self.seeded = device != "cpu"  # the CPU sampler of vLLM fails on requests with a seed of their own
@@ -402,12 +404,12 @@ class VLLMEngine(Engine):
         number = str(next(self.numbers))
         if request.temperature == 0:
             self.greedy[key] = number
-        params = self.sampling_params(
+        params = self.vllm.SamplingParams(
             max_tokens=request.max_tokens, temperature=request.temperature, logprobs=0, flat_logprobs=True,
             seed=request.seed if self.seeded and request.temperature else None,
             stop_token_ids=self.eos_ids, detokenize=False,
         )  # fmt: skip
-        prompt = self.prompt_class(prompt_token_ids=list(request.prompt_ids))
+        prompt = self.vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids))
         self.engine.add_request(number, prompt, params, lora_request=self.lora_request)
         self.waiting[number] = [future]
         if len(self.waiting) == 1:
@@ -532,8 +534,8 @@ class HTTPEngine:
                 raise UserError(f"no tokenizer in {tokenizer}: {str(error).splitlines()[0]}") from error
         self.threads = ThreadPoolExecutor(concurrency, thread_name_prefix="http-engine")  # and so many requests at once
         self.session = requests.Session()
-        self.session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
-        self.session.mount("https://", requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
         if key := os.environ.get("OPENAI_API_KEY"):
             self.session.headers["Authorization"] = f"Bearer {key}"
         self.gave_up = threading.Event()  # the run ends, so nobody needs to try again

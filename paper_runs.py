@@ -43,7 +43,7 @@ from tools import TOOLS, Sandbox
 
 ROOT = Path(__file__).parent
 BACKBONE = "tinyworld/backbone"
-CODE = ["agent.py", "tools.py", "judge.py", "flow_grpo.py", "llm.py", "tasks.py", "train.py", "eval.py"]
+CODE = ["agent.py", "tools.py", "judge.py", "judge_llm.py", "flow_grpo.py", "llm.py", "tasks.py", "train.py", "eval.py"]
 CODE += ["tinyworld/world.py", "tinyworld/pretrain.py"]
 
 # --- variants of the algorithm, each put in the place of one function of train.py for the time of a run ---------------
@@ -254,11 +254,11 @@ def learn_from_teacher(run: Run, folder: Path) -> dict:
     taught, pairs = load_examples("tinyworld", "train")[: settings["questions"]], []
     evaluate(system, taught, 1.0, (run.seed, "taught"), keep=pairs)
     turns = [turn for _, trajectory in pairs if trajectory.reward == 1 for turn in trajectory.turns]
-    policy, tokenizer = load_model(BACKBONE)
+    policy, tokenizer, optimizer = train.build_trainer(train.Config(model=BACKBONE), "cpu")
     encode = pretrain.encoder(tokenizer)
     encoded = [encode(turn.prompt_ids[0], turn.completion_ids[0]) for turn in turns]
     rows = [(ids[:begin], ids[begin:]) for ids, begin in encoded]
-    fine_tune(policy, rows, settings["epochs"], run.seed)
+    fine_tune(policy, optimizer, rows, settings["epochs"], run.seed)
     student = TransformersEngine(BACKBONE)
     student.load_weights(policy.state_dict())
     figures = {
@@ -268,12 +268,11 @@ def learn_from_teacher(run: Run, folder: Path) -> dict:
     return figures | {"rows": len(rows)}
 
 
-def fine_tune(policy: Any, rows: list[tuple[list[int], list[int]]], epochs: int, seed: int) -> None:
+def fine_tune(policy: Any, optimizer: Any, rows: list[tuple[list[int], list[int]]], epochs: int, seed: int) -> None:
     """Cross-entropy of the completions, 64 rows to a step; optimizer and learning rate as in train.py."""
     rng, batch_size, config = random.Random(f"sft {seed}"), 64, train.Config()
     order = [i for _ in range(epochs) for i in rng.sample(range(len(rows)), len(rows))]
     steps = [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     policy.train()
     for number, step in enumerate(steps):
         total = sum(len(rows[i][1]) for i in step)

@@ -4,9 +4,10 @@
     python train.py --seed 1 --run_dir runs/other     # every flag: python train.py --help
 
 A run leaves a folder: config.json, metrics.jsonl (a line a step), rollouts.jsonl, test_before.jsonl, test_after.jsonl,
-curves.png, result.json, and checkpoint/, a plain Hugging Face folder plus the optimizer; `report.py` makes a page of
-it. The same command continues a run that was stopped, bit for bit on a CPU: each request's seed is derived from the
-run's seed, the step, the question, the sample and the turn, so there is no other random state to keep.
+curves.png, result.json, and checkpoint/, a plain Hugging Face folder (with --lora_rank, of the adapter) plus the
+optimizer; `report.py` makes a page of it. The same command continues a run that was stopped, bit for bit on a CPU: each
+request's seed is derived from the run's seed, the step, the question, the sample and the turn, so there is no other
+random state to keep.
 """
 
 import errno
@@ -636,8 +637,7 @@ def finish(run: Path, config: Config, result: dict) -> None:
             for family, figures in result["before"]["by_family"].items()
         },
         "train_seconds": result["train_seconds"],
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_memory_mb": peak_memory_mb(),
         "peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0,
         "versions": dict(
             python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__
@@ -648,6 +648,11 @@ def finish(run: Path, config: Config, result: dict) -> None:
     write_atomically(run / "result.json", json.dumps(summary, indent=2).encode())
     with disk_errors(run):
         plot_curves(run)
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has had, without the GPU's."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def report(run: Path) -> None:

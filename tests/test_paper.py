@@ -126,15 +126,14 @@ def test_a_run_uses_its_variant(out):
 
 def test_imitation_learns_the_plans_it_is_shown():
     """Fifteen steps on one row make its completion likely: the rows and the loss are what they should be."""
-    from llm import load_model
     from tinyworld import pretrain
 
-    policy, tokenizer = load_model(ROOT / "tinyworld" / "backbone")
+    policy, tokenizer, optimizer = train.build_trainer(train.Config(model=str(ROOT / "tinyworld" / "backbone")), "cpu")
     plan = pretrain.render_plan("the capital of Zilath is unknown", pretrain.w.find("capital", "Zilath"))
     ids, begin = pretrain.encoder(tokenizer)("Question: What is the capital of Zilath?", plan)
     row = (ids[:begin], ids[begin:])
     before = paper_runs.token_logprobs(policy, [row[0]], [row[1]])[0].sum().item()
-    paper_runs.fine_tune(policy, [row], 15, seed=0)
+    paper_runs.fine_tune(policy, optimizer, [row], 15, seed=0)
     assert paper_runs.token_logprobs(policy, [row[0]], [row[1]])[0].sum().item() > min(before / 2, -0.5)
     assert before < -5
 
