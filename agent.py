@@ -150,8 +150,8 @@ _LABEL = re.compile(
 def parse_plan(text: str, tools: Iterable[str] = TOOLS) -> Plan:
     """Read the labelled lines; a label that appears twice counts once, the last time. Raises `PlanError`."""
     parts = _LABEL.split(text)  # [before, label, value, label, value, ...]
-    fields = {re.sub(r"[- _]", "", label.lower()): value for label, value in zip(parts[1::2], parts[2::2])}
-    tool = _first_word_line(fields.get("toolname", fields.get("tool", "")), tools)
+    fields = {re.sub(r"[- _]|name", "", label.lower()): value for label, value in zip(parts[1::2], parts[2::2])}
+    tool = _tool_name(fields.get("tool", ""), tools)
     sub_goal = " ".join(_strip_markup(fields.get("subgoal", "")).split())
     if not sub_goal:
         raise PlanError("The plan has no Sub-Goal line.")
@@ -165,11 +165,13 @@ def _strip_markup(value: str) -> str:
     return re.sub(r"^```.*$", "", value, flags=re.MULTILINE).strip().strip("*`_ \t\n")
 
 
-def _first_word_line(value: str, tools: Iterable[str]) -> str:
-    """The tool's name: the first word of the first line that has one, so that chatter after it does no harm."""
-    match = re.search(r"[A-Za-z]\w*(?:[ -][A-Z]\w*)*", _strip_markup(value).split("\n")[0])
-    name = re.sub(r"[ -]", "_", match.group()) if match else ""
-    return next((known for known in tools if known.lower() == name.lower().removesuffix("_tool")), name)
+def _tool_name(value: str, tools: Iterable[str]) -> str:
+    """The known tool that the first line begins with, whatever chatter follows; else the name that stands there."""
+    line = re.sub(r"^\W+", "", _strip_markup(value).split("\n")[0])
+    for known in sorted(tools, key=len, reverse=True):  # of two that fit, Search and Search_News, the longer one
+        if re.match(known.replace("_", "[ _-]") + r"(_tool)?\b", line, re.IGNORECASE):
+            return known
+    return re.sub(r"[ -]", "_", re.match(r"(?:[A-Za-z]\w*(?:[ -][A-Z]\w*)*)?", line)[0])
 
 
 # --- executor (frozen): a sub-goal becomes one tool call --------------------------------------------------------------
@@ -195,7 +197,7 @@ async def execute(question: str, plan: Plan, env: ToolEnv) -> Step:
     )
     text = await env.ask("executor", prompt)
     try:
-        command = parse_command(text, env.tools)
+        command = parse_command(text, {plan.tool: env.tools[plan.tool]})  # the planner's choice, not the executor's
     except CommandError as error:
         return Step(plan.sub_goal, plan.tool, text.strip(), f"Error: {error}", error="command")
     result, ok = await run_tool(env, command)
@@ -220,10 +222,11 @@ Steps so far:{memory}"""
 
 
 def parse_verdict(text: str) -> str:
-    """STOP only when the last conclusion says so and nothing else: a doubt costs one turn, a wrong stop the answer."""
-    conclusions = re.findall(r"conclusion\W*(.*)", text, re.IGNORECASE)
-    words = re.findall(r"\b(STOP|CONTINUE)\b", conclusions[-1] if conclusions else text, re.IGNORECASE)
-    return "STOP" if words and {word.upper() for word in words} == {"STOP"} else "CONTINUE"
+    """STOP only when the last conclusion, or a text without one, begins with that word and leaves no choice: a doubt
+    costs one turn, a wrong stop the answer."""
+    verdict = re.split("conclusion", text, flags=re.IGNORECASE)[-1]
+    stop = re.match(r"\W*STOP\b(?!.*\bCONTINUE\b)", verdict, re.IGNORECASE)
+    return "STOP" if stop else "CONTINUE"
 
 
 # --- generator (frozen) -----------------------------------------------------------------------------------------------
@@ -278,7 +281,7 @@ async def solve(
         prompt = VERIFIER_PROMPT.format(
             tools=tools, question=question, analysis=memory.analysis, memory=memory.render()
         )
-        step.verdict = parse_verdict(await env.ask("verifier", prompt))
+        step.verdict = parse_verdict(await env.ask("verifier", prompt))  # its reasons are not kept
         if step.verdict == "STOP":
             break
 

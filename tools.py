@@ -7,7 +7,7 @@ empty scratch directory that is removed afterwards. Wall-clock time, CPU time, m
 limited, and the program can start no other process or thread. It uses the first level that is seen to work:
 
     bubblewrap   the program sees a read-only Python runtime and its scratch directory, nothing else
-    namespaces   no network and no sight of other processes; it may read what file permissions let it read
+    namespaces   no network and no sight of other processes; it may read and write what file permissions let it
     process      the limits only, and the rights of `nobody` where we are root
 
 Not covered: at no level, holes in the kernel; at the weaker ones what `Sandbox.describe()` says; at `process`, a
@@ -57,7 +57,7 @@ SIMPLE_TYPES = (str, int, float, bool, list, dict)  # of arguments; other annota
 class ToolEnv:
     """What a tool may use. Every tool receives it first, so tools hold no state of their own."""
 
-    ask: Callable[[str, str], Awaitable[str]]  # await ask(role, prompt) -> text of a frozen language model
+    ask: Callable[[str, str], Awaitable[str]]  # await ask(role, prompt) -> text of a frozen model; one call at a time
     corpus: "Corpus"
     sandbox: "Sandbox"
     tools: dict[str, Callable] = field(default_factory=lambda: TOOLS)  # what the planner may choose from, by name

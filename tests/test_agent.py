@@ -25,6 +25,9 @@ PLAIN = "Justification: because\nContext: Zilath\nSub-Goal: Find the mayor\nTool
         "Sure, here is the next step:\n\n" + PLAIN,
         PLAIN + "\n\nThis step will tell us who the mayor is.",
         PLAIN + " (it finds articles)",
+        PLAIN + " Because it finds articles",
+        PLAIN + ": it finds articles",
+        "Tool Name: Python_Coder\n\nStep 2\n" + PLAIN.replace("Tool Name", "Tool"),  # in the memory's words
         "### Justification: because\n### Context: Zilath\n### Sub-Goal: Find the mayor\n### Tool Name: Search",
         "- Justification: because\n- Context: Zilath\n- Sub-Goal: Find the mayor\n- Tool Name: search",
         "JUSTIFICATION: because\nCONTEXT: Zilath\nSUB-GOAL: Find the mayor\nTOOL NAME: SEARCH",
@@ -45,6 +48,12 @@ def test_parse_plan(text):
 )
 def test_parse_plan_tool_spellings(name):
     assert parse_plan(f"Sub-Goal: compute\nTool Name: {name}").tool == "Python_Coder"
+
+
+def test_parse_plan_takes_the_longest_name_that_fits():
+    tools = {"Search": None, "Search_News": None}
+    assert parse_plan("Sub-Goal: look\nTool Name: Search News Now", tools).tool == "Search_News"
+    assert parse_plan("Sub-Goal: look\nTool Name: Searching", tools).tool == "Searching"
 
 
 def test_parse_plan_keeps_an_unknown_tool():
@@ -76,7 +85,11 @@ def test_parse_plan_says_what_is_missing(text, problem):
         ("conclusion: stop", "STOP"),
         ("STOP", "STOP"),
         ("We should not stop yet.\nConclusion: CONTINUE", "CONTINUE"),
-        ("There is no reason to stop.", "STOP"),  # no conclusion line: the only verdict word there is
+        ("Conclusion:\n**STOP**\nThe team may continue with the answer.", "STOP"),
+        ("There is no reason to stop.", "CONTINUE"),  # no conclusion, perhaps cut at the limit
+        ("We cannot stop yet.", "CONTINUE"),
+        ("Conclusion: do not stop", "CONTINUE"),
+        ("Conclusion: STOP cannot be said yet, CONTINUE", "CONTINUE"),
         ("Conclusion: STOP or CONTINUE", "CONTINUE"),
         ("Conclusion: CONTINUE\nWait.\nConclusion: STOP", "STOP"),
         ("Nonstop flights exist.", "CONTINUE"),
@@ -195,6 +208,7 @@ def test_turn_budget_ends_the_loop(tools_env):
         (PLAIN, "I would search for it.", "command", "no tool call"),
         (PLAIN, "Search(query=open('/etc/passwd'))", "command", "literal"),
         (PLAIN, "__import__('os').system('true')", "command", "unknown tool"),
+        (PLAIN, 'Python_Coder(query="6 times 7")', "command", "write one call of Search, such as Search(query="),
     ],
 )
 def test_mistakes_of_the_model_are_results(tools_env, plan, command, error, said):
