@@ -246,7 +246,8 @@ class MathWorker:
 
     def same(self, accepted: list[str], prediction: str) -> bool:
         """Is an expression equal to one of the accepted? What cannot be read, or not in time, is not."""
-        if self.process is None:
+        if self.process is None or self.process.poll() is not None:
+            self.close()
             self._start()
         self.process.stdin.write(json.dumps([accepted, prediction]).encode() + b"\n")
         self.process.stdin.flush()
@@ -258,7 +259,8 @@ class MathWorker:
     def _start(self) -> None:
         command = [sys.executable, "-I", __file__, "--math-worker"]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.process = subprocess.Popen(command, **pipes, env={}, cwd="/")
+        # A session of its own: Ctrl-C is for the trainer, which still has verdicts to ask for before it stops.
+        self.process = subprocess.Popen(command, **pipes, env={}, cwd="/", start_new_session=True)
         if self._read_line(60.0) != b"ready":
             self.close()
             raise RuntimeError("the mathematics judge does not start: pip install math-verify")

@@ -95,16 +95,17 @@ class ModelJudge:
 
     async def judge(self, kind: str, question: str, answer: str | list[str], prediction: str | None) -> float:
         by_rules = RULES[kind](question, answer, prediction)
+        accepts = by_rules > 0  # a reward of one's own may be a fraction, or below 0
         text = (prediction or "").strip()
         can_ask = kind != "game24" and 0 < len(text) <= MAX_CHARS
-        if not can_ask or (by_rules and not self.compare):
+        if not can_ask or (accepts and not self.compare):
             self.decided[kind] += 1
             return by_rules
         accepted = [answer] if isinstance(answer, str) else answer
         by_model = await self._ask_once(dict(kind=kind, question=question, accepted=accepted, prediction=text))
-        self.both[bool(by_rules), by_model] += 1
-        self.decided[kind if by_rules else "model"] += 1
-        return by_rules or float(by_model)
+        self.both[accepts, by_model] += 1
+        self.decided[kind if accepts else "model"] += 1
+        return 1.0 if by_model and not accepts else by_rules
 
     def report(self) -> dict[str, Any]:
         """Figures for the log, since the last report. The agreement is over the cases that both judged, None without

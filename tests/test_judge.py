@@ -470,6 +470,16 @@ def test_the_worker_has_none_of_our_environment(monkeypatch):
     worker.close()
 
 
+def test_ctrl_c_does_not_reach_the_worker_and_a_dead_one_is_replaced():
+    worker = MathWorker()
+    assert worker.same(["2"], "1+1")
+    assert os.getsid(worker.process.pid) != os.getsid(0)
+    worker.process.kill()
+    worker.process.wait()
+    assert worker.same(["2"], "1+1")
+    worker.close()
+
+
 def test_several_accepted_answers_share_one_limit(monkeypatch):
     worker = MathWorker(limit_s=1.0)
     monkeypatch.setattr(judge, "MATH", worker)

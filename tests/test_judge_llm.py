@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from judge import RULES
 from judge_llm import ATTEMPTS, MAX_CHARS, PROMPT, ModelJudge, asker, fence, parse_verdict
 from llm import EngineError, TransformersEngine, UserError
 from tinyworld.pretrain import BACKBONE
@@ -204,6 +205,13 @@ def test_the_rules_go_first(tmp_path, correct):
         "judge_only_model_accepts": 2 * correct,
         "judge_requests": 2,
     }
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_a_reward_below_zero_is_not_accepted(tmp_path, monkeypatch, correct):
+    monkeypatch.setitem(RULES, "text", lambda question, answer, prediction: -0.01)
+    judge = ModelJudge(always(correct), "m", tmp_path / "cache")
+    assert judge_one(judge, "It is Paris") == (1.0 if correct else -0.01) and judge.requests == 1
 
 
 def test_agreement(tmp_path):
