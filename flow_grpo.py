@@ -8,14 +8,15 @@ pi_old given its own prompt s (question, analysis, memory so far): a turn is a t
   r  = pi(a_j | s, a_<j) / pi_old(a_j | s, a_<j), for token j of turn t of trajectory i                         (Eq. 6)
   A  = (R_i - mean_k R_k) / std_k R_k, over the G trajectories; the same for all turns and tokens of i          (Eq. 7)
 
-P questions   G trajectories of each (a group)   T_i turns of trajectory i   B rows = turns, of a batch or part of it
-T tokens of the longest completion   S of the longest prompt + completion   N of all completions   C of one chunk
-D hidden size   V vocabulary   L of all rows, prompts included, when packed
+Shapes: P questions, G trajectories of each (a group), T_i turns of trajectory i, B rows (turns) in a batch or a part of
+it; T tokens in its longest completion, S in its longest prompt + completion, N in all its completions, C of those in a
+chunk, L in all its rows, when packed; D hidden size, V vocabulary.
 
 Same as the paper
   three nested means, over trajectories, turns and tokens: a long trajectory weighs no more than a short one    (Eq. 5)
   mean and std of the G trajectories, never pooled over turns: more turns do not shift the baseline             (Eq. 7)
   the ratio of each token is clipped to 1 +- eps; KL to the initial policy with beta = 0.001                    (Eq. 5)
+  (with one update for each batch of rollouts, the default of train.py, r = 1 and no clip acts; from two on it does)
 Where the paper gives no value, ours
   eps = 0.2; KL by the k3 estimator, under the same means; std with G - 1; a group of equal rewards gets A = 0
 Departs, and why; all off by default
@@ -222,7 +223,6 @@ def flow_grpo_loss(
     with torch.no_grad():
         stats = {
             "kl": (weights * k3).sum(),  # to pi_ref; 0 when it is not computed
-            "kl_old": (weights * (ratio - 1 - log_ratio)).sum(),  # KL(pi_old || pi) by k3: how far the updates went
             "ratio": (weights * ratio).sum(),  # 1 on the first update
             "clip_fraction": (weights * (clipped < surrogate)).sum(),  # where clipping has set the gradient to zero
             "importance": (weights * importance).sum(),  # mean of the truncated weights; 1 without tis_cap

@@ -130,7 +130,7 @@ class Config:
 def main(config: Config) -> None:
     check(config)
     web = Web(config.web_cache, config.web_frozen, config.web_summary, config.web_private)
-    tools = select_tools(config.tools, web)
+    tools = select_tools(config.tools, web, bool(config.corpus) or config.task == "tinyworld")
     run = Path(config.run_dir or f"runs/{Path(config.task).name}-seed{config.seed}")
     start_run(run, config)
     device = best_device(config.device)
@@ -204,30 +204,31 @@ def main(config: Config) -> None:
 
         # --- micro-batches of similar length. Rollouts of a group often write the same plan from the same memory: such
         # rows are computed once and then copied, which leaves the loss and its gradient what they are.
-        copies: dict[tuple, list[int]] = {}
+        rows_of: dict[tuple, list[int]] = {}  # (prompt_ids, completion_ids) -> the numbers of the rows that are so
         for i, turn in enumerate(turns):
             if row_advantages[i] != 0 or not config.skip_zero_variance:
-                copies.setdefault((tuple(turn.prompt_ids), tuple(turn.completion_ids)), []).append(i)
-        lengths = [len(prompt) + len(completion) for prompt, completion in copies]
-        distinct = list(copies.values())  # row numbers, those of equal rows together
+                rows_of.setdefault((tuple(turn.prompt_ids), tuple(turn.completion_ids)), []).append(i)
+        lengths = [len(prompt) + len(completion) for prompt, completion in rows_of]
+        equal_rows = list(rows_of.values())
         split = micro_batches(lengths, config.micro_batch_tokens, config.packed)
-        batches = [[distinct[d] for d in batch] for batch in split]
+        batches = [[equal_rows[n] for n in batch] for batch in split]
+        kept = weights[[i for equal in equal_rows for i in equal]].sum().item() or 1.0  # 1, unless rows are left out
 
         def forward(model: torch.nn.Module, batch: list[list[int]]) -> list[torch.Tensor]:
             """logprobs, mask and entropy of all rows of the batch, (B, T) each."""
-            firsts = [turns[equal_rows[0]] for equal_rows in batch]
+            firsts = [turns[equal[0]] for equal in batch]
             prompts, completions = [turn.prompt_ids for turn in firsts], [turn.completion_ids for turn in firsts]
-            of_row = [d for d, equal_rows in enumerate(batch) for _ in equal_rows]
+            of_row = [n for n, equal in enumerate(batch) for _ in equal]
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
                 rows = token_logprobs(model, prompts, completions, config.temperature, packed=config.packed)
             return [x[of_row] for x in rows]
 
-        planner_engine.sleep()  # what it can give back, the gradient step may use
+        planner_engine.sleep()  # what it can give back, the gradient step may use; no engine is asked until `sync`
         with torch.no_grad():
             with adapter_off(policy, config):
                 ref_logprobs = [forward(ref_policy, batch)[0] if config.kl_coef else None for batch in batches]
             for batch, ref in zip(batches, ref_logprobs if config.kl_coef else []):
-                for i, row in zip((i for equal_rows in batch for i in equal_rows), ref.tolist()):
+                for i, row in zip((i for equal in batch for i in equal), ref.tolist()):
                     turns[i].ref_logprobs = row[: num_tokens[i]]  # for the reader of the run
             # With one update the policy has not moved yet: its log-probs are the old ones, and the ratio is exactly 1.
             old_logprobs = [forward(policy, batch)[0] if config.updates_per_step > 1 else None for batch in batches]
@@ -239,7 +240,7 @@ def main(config: Config) -> None:
         for update in range(config.updates_per_step):
             stats = dict.fromkeys(("loss", "kl", "clip_fraction", "ratio", "importance", "entropy"), 0.0)
             for batch, old, ref in zip(batches, old_logprobs, ref_logprobs):
-                rows = [i for equal_rows in batch for i in equal_rows]
+                rows = [i for equal in batch for i in equal]
                 logprobs, mask, entropy = forward(policy, batch)
                 sampled = torch.tensor([x for i in rows for x in turns[i].logprobs], device=device)
                 sampled = torch.zeros_like(logprobs).masked_scatter(mask, sampled)  # (B, T)
@@ -254,13 +255,13 @@ def main(config: Config) -> None:
                 of_token = token_weights(batch_weights, mask)  # (B, T)
                 batch_stats |= {"loss": loss, "entropy": (of_token * entropy).sum()}
                 for name in stats:
-                    stats[name] += batch_stats[name].item()
+                    stats[name] += batch_stats[name].item() / (1.0 if name == "loss" else kept)
                 if update == 0:
-                    sampler_gap += (of_token * (logprobs.detach() - sampled).abs()).sum().item()
+                    sampler_gap += (of_token * (logprobs.detach() - sampled).abs()).sum().item() / kept
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
             if not math.isfinite(grad_norm):
                 raise UserError(f"step {step}: the gradient is {grad_norm}; the last checkpoint is intact")
-            if sampler_gap > max_gap:
+            if not sampler_gap <= max_gap:  # nan too
                 raise EngineError(
                     f"step {step}: sampler and trainer differ by {sampler_gap:.2g} nats a token, more than "
                     f"{max_gap:g}: the engine does not hold the trainer's weights; the last checkpoint is intact"
@@ -288,6 +289,7 @@ def main(config: Config) -> None:
             "grad_norm": grad_norm,
             "learning_rate": float(optimizer.param_groups[0]["lr"]),
             "tokens_per_second": sum(num_tokens) / clock.laps["rollout"],
+            "gpu_memory_mb": clock.gpu_memory_mb,
             **{f"t_{phase}": seconds for phase, seconds in clock.laps.items()},
         }
         log(run / "metrics.jsonl", metrics)
@@ -304,6 +306,7 @@ def main(config: Config) -> None:
             print(f"stopped after step {step} and saved; the same command continues")
             return
 
+    stop.release()
     result["after"] = run_test(run, "after", system, test_set, config, judge)
     finish(run, config, result)
     report(run)
@@ -326,9 +329,9 @@ def open_engines(config: Config, device: str) -> tuple[Any, Any]:
     """(of the planner, of the frozen modules). One vLLM engine can be both: with a LoRA adapter, and without it."""
     dtype, frozen = precision(config, device)[1], config.frozen_engine or config.engine
     vllm = dict(memory_share=config.engine_memory)
-    lora = dict(lora_rank=config.lora_rank) if config.engine == "vllm" else {}
-    planner_engine = open_engine(config.engine, config.model, device, dtype, **vllm, **lora, can_sleep=True)
-    if lora and config.lora_rank and frozen == "vllm" and config.frozen_model in ("", config.model):
+    trained = dict(lora_rank=config.lora_rank, can_sleep=True)
+    planner_engine = open_engine(config.engine, config.model, device, dtype, **vllm, **trained)
+    if config.engine == frozen == "vllm" and config.lora_rank and config.frozen_model in ("", config.model):
         return planner_engine, planner_engine.without_adapter()
     return planner_engine, open_engine(frozen, config.frozen_model or config.model, device, dtype, **vllm)
 
@@ -344,7 +347,8 @@ def build_trainer(config: Config, device: str) -> tuple[Any, Any, torch.optim.Op
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
-        return policy, tokenizer, torch.optim.AdamW(trained, **options)
+        # On a GPU the default would hold one more copy of the weights for the time of a step.
+        return policy, tokenizer, torch.optim.AdamW(trained, **options, fused=device.startswith("cuda") or None)
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
@@ -452,15 +456,17 @@ def questions_of_step(train_set: list[Example], step: int, count: int, seed: int
 
 
 class Clock:
-    """Seconds of each phase of a step."""
+    """Seconds of each phase of a step, and the most GPU memory in use at the end of one."""
 
     def __init__(self) -> None:
         self.started = self.last = time.perf_counter()
         self.laps: dict[str, float] = {}
+        self.gpu_memory_mb = 0.0
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
         self.laps[phase], self.last = now - self.last, now
+        self.gpu_memory_mb = max(self.gpu_memory_mb, used_gpu_memory_mb())
 
     def total(self) -> float:
         return time.perf_counter() - self.started
@@ -561,16 +567,17 @@ def check(config: Config) -> None:
 
 
 def start_run(run: Path, config: Config) -> None:
-    """Make the folder, or see that the one that is there belongs to the same command."""
+    """Make the folder, or see that the run that is there belongs to the same command. Before its first line of metrics
+    there is nothing to lose: a start that failed may be tried again with other flags."""
     path = run / "config.json"
-    if not path.exists():
+    if not (run / "metrics.jsonl").exists():
         with disk_errors(run):
             run.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(asdict(config), indent=2))
         return
     try:
         before = json.loads(path.read_text())
-    except json.JSONDecodeError:
+    except (OSError, ValueError):
         raise UserError(f"{path} is damaged: remove the folder {run}, or name another with --run_dir") from None
     changed = [f"--{name}" for name, value in asdict(config).items() if before.get(name) != value and name != "run_dir"]
     if changed:
@@ -604,7 +611,7 @@ def resume(run: Path, policy, optimizer, config: Config) -> tuple[int, dict]:
             if config.lora_rank:
                 load_adapter(policy, current, config.model)
             else:
-                policy.load_state_dict(load_model(current)[0].state_dict())
+                policy.load_state_dict(load_model(current, dtype=policy.dtype)[0].state_dict())
             optimizer.load_state_dict(trainer["optimizer"])
             step, result = trainer["step"], trainer["result"]
         except (UserError, OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -628,6 +635,7 @@ def load_adapter(policy: Any, folder: Path, base: str) -> None:
 
 
 def finish(run: Path, config: Config, result: dict) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = {
         "seed": config.seed,
         "test_accuracy_before": result["before"]["accuracy"],
@@ -638,7 +646,7 @@ def finish(run: Path, config: Config, result: dict) -> None:
         },
         "train_seconds": result["train_seconds"],
         "peak_memory_mb": peak_memory_mb(),
-        "peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0,
+        "peak_gpu_memory_mb": max(m.get("gpu_memory_mb", 0.0) for m in lines),
         "versions": dict(
             python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__
         ),
@@ -653,6 +661,13 @@ def finish(run: Path, config: Config, result: dict) -> None:
 def peak_memory_mb() -> float:
     """The most memory that this process has had, without the GPU's."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def used_gpu_memory_mb() -> float:
+    """In use on the whole GPU, 0 without one. After a phase this is its peak, as torch keeps what it has once taken; by
+    torch's own count of the peak, a sleeping engine's memory is in use."""
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+    return (total - free) / 2**20
 
 
 def report(run: Path) -> None:
@@ -681,8 +696,11 @@ def disk_errors(run: Path) -> Iterator[None]:
     """A full disk or a folder that cannot be written is one clear line; the last whole checkpoint stays as it is."""
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, but the disk's fault it is not
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk torch and safetensors have their own
-        space = getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(run.anchor or ".").free < 2**20
+        there = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+        space = getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(there).free < 2**20
         advice = "free some space, then run the same command to continue" if space else "make it writable"
         raise UserError(f"cannot write to {run} ({error}): {advice}; the last checkpoint is intact") from error
 
@@ -694,6 +712,11 @@ class StopRequest:
         self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
+
+    def release(self) -> None:
+        """No step is under way that would have to be finished: Ctrl-C ends the program at once again."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _ask(self, number: int, frame) -> None:
         self.asked = True

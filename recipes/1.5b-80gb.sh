@@ -17,6 +17,6 @@ python train.py --model "$MODEL" --run_dir "runs/1.5b-80gb-${1:-tinyworld}" --ta
     --engine vllm --engine_memory 0.2 \
     --questions_per_step 32 --group_size 8 --steps 100 --max_turns 3 \
     --max_planner_tokens 512 --max_frozen_tokens 512 --result_chars 2000 \
-    --learning_rate 1e-6 --warmup_steps 5 --decay False --clip_high 0.3 --tis_cap 2 \
+    --learning_rate 1e-6 --warmup_steps 5 --decay False --tis_cap 2 \
     --micro_batch_tokens 16384 --activation_checkpointing True \
     "${@:2}"

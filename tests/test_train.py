@@ -189,6 +189,13 @@ def test_several_updates_clip_and_options_run(tmp_path):
     assert metrics["ratio"] != 1 and metrics["kl"] > 0
 
 
+def test_rows_that_are_left_out_do_not_thin_the_figures(tmp_path):
+    train.main(tiny(tmp_path / "run", steps=1, questions_per_step=12, skip_zero_variance=True))
+    metrics = timeless(tmp_path / "run")[1]
+    assert 0 < metrics["zero_variance_groups"] < 1
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-6) and metrics["importance"] == pytest.approx(1, abs=1e-6)
+
+
 def test_questions_of_step_is_a_stream_of_shuffled_epochs():
     data = [Example(str(i), "") for i in range(10)]
     drawn = [[e.question for e in questions_of_step(data, step, 4, seed=0)] for step in range(1, 6)]
@@ -230,6 +237,7 @@ def test_bad_flags(tmp_path, changes, said):
     with pytest.raises(UserError, match=said):
         train.main(tiny(tmp_path / "run", **changes))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    train.start_run(tmp_path / "run", tiny(tmp_path / "run"))  # the mended command may have the folder
 
 
 def test_bad_input_on_the_command_line(tmp_path):
