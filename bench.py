@@ -3,9 +3,10 @@
     python bench.py                                           # the bundled backbone and world, through the whole agent
     python bench.py --shape qwen2.5-1.5b --engine vllm        # random weights of a real model's shape: no download
 
-With a model, rollouts are trajectories of the agent, in flight together and one at a time. With a shape, whose texts
-mean nothing, they are `turns` requests after each other for each trajectory, with prompts of `prompt_tokens` random
-tokens, equal within a group of 8. One table, and bench.json beside it.
+With a model, rollouts are trajectories of the agent, in flight together and one at a time, on new questions each time.
+With a shape, whose texts mean nothing, they are `turns` requests after each other for each trajectory, with prompts of
+`prompt_tokens` random tokens, equal within a group of 8. The gradient step is forward, backward and optimizer over all
+rows; train.py computes equal rows once, and adds a forward pass of the reference policy. One table, and bench.json.
 """
 
 import asyncio
@@ -29,7 +30,17 @@ from flow_grpo import flow_grpo_loss, micro_batches, row_weights, token_logprobs
 from llm import Lockstep, Request, UserError, best_device, open_engine
 from tasks import load_corpus, load_examples
 from tools import Sandbox
-from train import Config, build_trainer, open_engines, peak_memory_mb, precision, set_learning_rate, sync
+from train import (
+    Config,
+    build_trainer,
+    open_engines,
+    peak_memory_mb,
+    precision,
+    questions_of_step,
+    set_learning_rate,
+    sync,
+    used_gpu_memory_mb,
+)
 
 GROUP_SIZE = 8
 SHAPES = {  # layers, hidden size, intermediate size, heads, key-value heads, embeddings tied; vocabulary 151,936
@@ -76,36 +87,39 @@ def main(config: BenchConfig) -> None:
     sandbox = Sandbox()
     figures = {}
 
-    # --- rollouts
+    # --- rollouts, on new prompts each time: vLLM would know the old ones
+    steps = itertools.count(1)
     if config.shape:  # one engine: the frozen modules' would be a second copy of the same
-        dtype, memory = precision(trainer_config, device)[1], config.engine_memory
-        planner = open_engine(config.engine, model, device, dtype, memory_share=memory, can_sleep=True)
-        engines, seeds = [planner], itertools.count()  # new prompts each time: vLLM would know the old ones
+        dtype, vllm = precision(trainer_config, device)[1], dict(memory_share=config.engine_memory, can_sleep=True)
+        planner = open_engine(config.engine, model, device, dtype, **vllm, lora_rank=config.lora_rank)
+        engines = [planner]
 
         def together() -> list[Trajectory]:
-            return synthetic_rollout(planner, config, next(seeds))
+            return synthetic_rollout(planner, config, next(steps))
     else:
         engines = [planner, frozen] = open_engines(trainer_config, device)
         system = AgentSystem(planner, frozen, load_corpus(config.corpus), sandbox, config.max_turns)
-        examples = load_examples(config.task, "dev")[: max(1, config.in_flight // GROUP_SIZE)]
-        questions = [example.question for example in examples]
+        train_set = load_examples(config.task, "train")
+
+        def questions(count: int) -> list[str]:
+            return [example.question for example in questions_of_step(train_set, next(steps), count, seed=0)]
 
         def together() -> list[Trajectory]:
-            groups = system.rollout(questions, GROUP_SIZE, 1.0, ("bench",))
+            groups = system.rollout(questions(max(1, config.in_flight // GROUP_SIZE)), GROUP_SIZE, 1.0, ("bench",))
             return [trajectory for group in groups for trajectory in group]
 
     trajectories = together()
     before = sum(engine.tokens_generated for engine in engines)
-    together()
+    times = [seconds(together, device) for _ in range(config.repeats)]
     tokens = sum(engine.tokens_generated for engine in engines) - before
-    t_rollout = median(config.repeats, together, device)
+    t_rollout = statistics.median(times)
     figures[f"rollout: trajectories/s, {len(trajectories)} in flight"] = len(trajectories) / t_rollout
-    figures["rollout: generated tokens/s"] = tokens / t_rollout
+    figures["rollout: generated tokens/s"] = tokens / sum(times)
     if config.alone and not config.shape:
 
         def alone() -> None:
-            for i in range(config.alone):
-                system.rollout([questions[i % len(questions)]], 1, 1.0, ("bench", i))
+            for question in questions(config.alone):
+                system.rollout([question], 1, 1.0, ("bench",))
 
         per_second_alone = config.alone / median(config.repeats, alone, device)
         figures["rollout: trajectories/s, one at a time"] = per_second_alone
@@ -116,7 +130,7 @@ def main(config: BenchConfig) -> None:
     policy, _, optimizer = build_trainer(trainer_config, device)
     policy.train()
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()  # what it keeps from here on is what the gradient step takes
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     work = work_of(policy, turns)
 
@@ -125,6 +139,7 @@ def main(config: BenchConfig) -> None:
 
     padding = gradient()
     t_gradient = median(config.repeats, gradient, device)
+    memory = used_gpu_memory_mb() or peak_memory_mb()
     peak = measured_peak(device, precision(trainer_config, device)[1])
     row_tokens = sum(len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns)
     figures["gradient: tokens/s, forward, backward and optimizer"] = row_tokens / t_gradient
@@ -132,12 +147,17 @@ def main(config: BenchConfig) -> None:
     figures["machine: TFLOP/s of one large matrix product"] = peak / 1e12
     figures["gradient: share of that"] = work / t_gradient / peak
     figures["gradient: share of padding"] = padding
-    figures["gradient: peak memory, MB"] = peak_memory(device)
+    figures["gradient: peak memory, sleeping engine included, MB"] = memory
 
     # --- new weights to the engine
     with TemporaryDirectory() as folder:  # for an adapter
-        t_sync = median(config.repeats, lambda: sync(planner, policy, Path(folder)), device)
-    figures["sync: seconds"] = t_sync
+
+        def hand_over() -> None:
+            planner.sleep()
+            sync(planner, policy, Path(folder))
+
+        t_sync = median(config.repeats, hand_over, device)
+    figures["sync: seconds, sleep and waking included"] = t_sync
     figures["sync: share of a step"] = t_sync / (t_rollout + t_gradient + t_sync)
 
     name = config.shape or config.model
@@ -253,12 +273,6 @@ def measured_peak(device: str, dtype: torch.dtype) -> float:
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
-
-
-def peak_memory(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    return peak_memory_mb()
 
 
 if __name__ == "__main__":

@@ -341,6 +341,18 @@ def planner_folder(path: str) -> str:
     return str(checkpoint) if checkpoint.is_dir() else path
 
 
+def trained_with(path: str, config: EvalConfig) -> str:
+    """The flags of a run's training that stand otherwise in this evaluation, as for the command line; "" where `path`
+    is no run, or all are the same."""
+    if planner_folder(path) == path:
+        return ""
+    trained = json.loads((Path(path) / "config.json").read_text())
+    trained["frozen_model"] = trained["frozen_model"] or trained["model"]
+    flags = ("frozen_model", "corpus", "tools", "max_turns", "max_planner_tokens", "max_frozen_tokens", "result_chars")
+    changed = {flag: trained[flag] for flag in flags if trained[flag] != getattr(config, flag)}
+    return " ".join(f"--{flag} {' '.join(v) if isinstance(v, list) else v}" for flag, v in changed.items())
+
+
 def check(config: EvalConfig) -> None:
     """Bad values are refused before anything is loaded."""
     check_judge(config)
@@ -360,7 +372,7 @@ def check(config: EvalConfig) -> None:
 def main(config: EvalConfig) -> None:
     check(config)
     web = Web(config.web_cache, config.web_frozen, config.web_summary, config.web_private)
-    tools = select_tools(config.tools, web)
+    tools = select_tools(config.tools, web, bool(config.corpus) or "tinyworld" in config.task)
     device = best_device(config.device)
     tasks = {task: load_examples(task, config.split)[: config.questions or None] for task in config.task}
     bfloat16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.startswith("cuda")
@@ -377,9 +389,16 @@ def main(config: EvalConfig) -> None:
     path = Path(config.output).with_suffix(".answers.jsonl") if config.output else None
     kept = read_kept(path, lambda row: (row["key"], row)) if path else {}
     results: dict[str, dict[str, dict]] = {}
+    shared = {config.frozen_model: frozen} if frozen and not config.tokenizer else {}  # equal weights are loaded once
+    engines, planner, system = dict(shared), None, None
     for name in dict.fromkeys(config.planners):
+        if flags := trained_with(name.removeprefix("bare:"), config):
+            print(f"{name} was trained with {flags}; here it is evaluated with other values")
         model = planner_folder(name.removeprefix("bare:"))
-        planner = open_engine(config.engine, model, device, dtype, config.tokenizer, **vllm)
+        if model not in engines:
+            engines, planner, system = dict(shared), None, None  # frees the last planner, though not one of vLLM
+            engines[model] = open_engine(config.engine, model, device, dtype, config.tokenizer, **vllm)
+        planner = engines[model]
         system = AgentSystem(planner, frozen, corpus, sandbox, *limits, tools, web, bare=name.startswith("bare:"))
         results[name] = {}
         for task, examples in tasks.items():

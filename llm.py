@@ -204,7 +204,7 @@ class TransformersEngine(Engine):
         unique = list({key: request for key, request in zip(keys, requests)}.items())
         unique.sort(key=lambda item: len(item[1].prompt_ids) + item[1].max_tokens)  # neighbours are of similar length
         completions = {}
-        for rows in runs([len(request.prompt_ids) + request.max_tokens for _, request in unique], self.cache_tokens):
+        for rows in slices_that_fit([len(r.prompt_ids) + r.max_tokens for _, r in unique], self.cache_tokens):
             batch_keys, batch = zip(*unique[rows])
             completions |= zip(batch_keys, self._generate(batch))
         return [completions[key] for key in keys]
@@ -268,7 +268,7 @@ class TransformersEngine(Engine):
         """
         device, width = self.model.device, len(prompts[-1])
         states, caches = [], []
-        for rows in runs([len(prompt) for prompt in prompts], self.prefill_tokens):
+        for rows in slices_that_fit([len(prompt) for prompt in prompts], self.prefill_tokens):
             longest = len(prompts[rows][-1])
             ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts[rows]], device=device)  # (R, S)
             last = torch.tensor([len(p) - 1 for p in prompts[rows]], device=device)
@@ -299,7 +299,7 @@ class TransformersEngine(Engine):
         return completions
 
 
-def runs(lengths: list[int], max_tokens: int) -> Iterator[slice]:
+def slices_that_fit(lengths: list[int], max_tokens: int) -> Iterator[slice]:
     """Cut rows, the shortest first, into slices with rows * longest <= max_tokens, or of one row that is longer."""
     start = 0
     for i in range(1, len(lengths) + 1):
@@ -330,6 +330,7 @@ def import_vllm(device: str) -> Any:
     """The vllm module, set up to run in this process; `UserError` where it is missing or made for another device."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over in memory, not through a socket
     defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    defaults["TRITON_F32_DEFAULT"] = "ieee"  # its attention would round float32 to tf32, which the trainer does not
     for name, value in (defaults | {"OMP_NUM_THREADS": str(torch.get_num_threads())}).items():
         os.environ.setdefault(name, value)  # all before the import: vLLM reads them then, and once
     try:
@@ -341,6 +342,8 @@ def import_vllm(device: str) -> Any:
     if current_platform.device_type != device.split(":")[0]:
         made_for = current_platform.device_type or "a GPU, and there is none here"
         raise UserError(f"this build of vllm is made for {made_for}, not for {device}: use --engine transformers")
+    if device.partition(":")[2] not in ("", "0"):
+        raise UserError(f"vLLM takes the first GPU, not {device}: choose another with CUDA_VISIBLE_DEVICES")
     return vllm
 
 
@@ -363,11 +366,17 @@ class VLLMEngine(Engine):
     ):
         vllm, base = import_vllm(device), adapter_base(path)
         lora_rank = adapter_config(path).get("r", lora_rank)
-        on_gpu = dict(gpu_memory_utilization=memory_share, enable_sleep_mode=can_sleep)
-        options = dict(enforce_eager=True) if device == "cpu" else on_gpu
+        if device == "cpu":
+            options = dict(enforce_eager=True)
+        else:  # no piecewise CUDA graphs: an engine that starts clears those of every engine in the process
+            options = dict(gpu_memory_utilization=memory_share, enable_sleep_mode=can_sleep, max_num_seqs=512)
+            options |= dict(compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"})
+        if lora_rank and device != "cpu" and dtype == torch.float32:
+            raise UserError("the LoRA kernels of vLLM take no float32: use --dtype mixed or bfloat16")
         if lora_rank:
             # Beside rows with an adapter, a row without one reads slot -1, the last, on a CPU: it must stay empty.
-            options |= dict(enable_lora=True, max_lora_rank=max(8, lora_rank), max_loras=2 if device == "cpu" else 1)
+            rank = 1 << (max(8, lora_rank) - 1).bit_length()  # the next power of two: vLLM takes no others
+            options |= dict(enable_lora=True, max_lora_rank=rank, max_loras=2 if device == "cpu" else 1)
         try:
             self.llm = vllm.LLM(
                 model=str(base or path), dtype=str(dtype).removeprefix("torch."), **options,

@@ -503,8 +503,9 @@ async def Google_Search(env: ToolEnv, query: str) -> str:
 WEB_TOOLS = {tool.__name__: tool for tool in (Wikipedia_Search, Web_Search, Google_Search)}
 
 
-def select_tools(names: list[str], web: Web) -> dict[str, Callable]:
-    """The tools of a run, in this order. A search without its key is not offered; an unknown name is a UserError."""
+def select_tools(names: list[str], web: Web, corpus_fits: bool = True) -> dict[str, Callable]:
+    """The tools of a run, in this order. A search without its key is not offered; an unknown name is a UserError. Says
+    so when Search would look for the answers in articles of another world."""
     known = TOOLS | WEB_TOOLS
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -513,6 +514,8 @@ def select_tools(names: list[str], web: Web) -> dict[str, Callable]:
     if "Google_Search" in offered and not (web.google_key or web.frozen):
         print(f"Google_Search is not offered: there is no {' or '.join(GOOGLE_KEYS)} in the environment")
         del offered["Google_Search"]
+    if "Search" in offered and not corpus_fits:
+        print("Search knows the articles of the bundled world: name others with --corpus, or leave it out of --tools")
     if not offered:
         raise UserError("--tools: no tool is left to offer")
     return offered

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ import eval as evaluation
 from agent import BARE_PROMPT, AgentSystem, Memory, Trajectory
 from eval import EvalConfig, accuracy, behaviour, evaluate, interval, table, wilson
 from judge_llm import open_judge, score
-from llm import Completion, EngineError, TransformersEngine, UserError
+from llm import Completion, EngineError, TransformersEngine, UserError, open_engine
 from tasks import Example, load_corpus, load_examples
 from tinyworld.pretrain import BACKBONE, IdealPlanner
 from tinyworld.world import World
 from tools import Sandbox
+from train import Config
 
 PLANNER = str(BACKBONE)
 
@@ -122,6 +124,24 @@ def test_eval_side_by_side(tmp_path, capsys):
     assert "accuracy (n = 6)" in out and "Base_Generator" in out and out.count(PLANNER) >= 2
     keys = {"accuracy", "interval", "by_family", "tool_shares"}
     assert len(figures) == 2 and keys <= set(figures[PLANNER]["tinyworld"])
+
+
+def test_a_run_that_was_trained_otherwise_is_named(tmp_path, capsys):
+    shutil.copytree(BACKBONE, tmp_path / "run" / "checkpoint")
+    trained = asdict(Config(model="Qwen/Qwen2.5-0.5B-Instruct", max_turns=3, tools=["Search", "Python_Coder"]))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(trained))
+    run(tmp_path / "eval.json", planners=[str(tmp_path / "run")], questions=1)
+    flags = "--frozen_model Qwen/Qwen2.5-0.5B-Instruct --tools Search Python_Coder --max_turns 3"
+    assert f"was trained with {flags}; here" in capsys.readouterr().out
+    run(tmp_path / "eval.json", questions=1)
+    assert "was trained" not in capsys.readouterr().out
+
+
+def test_equal_weights_are_loaded_once(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(evaluation, "open_engine", lambda *a, **k: opened.append(a[1]) or open_engine(*a, **k))
+    figures = run(tmp_path / "eval.json", planners=[f"bare:{PLANNER}", PLANNER], frozen_model=PLANNER, questions=1)
+    assert len(figures) == 2 and opened == [PLANNER]
 
 
 # --- trials and their interval ----------------------------------------------------------------------------------------

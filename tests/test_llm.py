@@ -11,7 +11,17 @@ from tokenizers import Tokenizer
 
 import llm
 from flow_grpo import token_logprobs
-from llm import EngineError, Lockstep, Request, TransformersEngine, UserError, derive_seed, load_model, runs, sample
+from llm import (
+    EngineError,
+    Lockstep,
+    Request,
+    TransformersEngine,
+    UserError,
+    derive_seed,
+    load_model,
+    sample,
+    slices_that_fit,
+)
 from tinyworld import pretrain
 from tinyworld.pretrain import ASSISTANT, BACKBONE, EOS, USER
 
@@ -107,7 +117,7 @@ def test_limits_and_sizes_of_passes_change_nothing(engine, rows):
 
 
 def test_runs():
-    assert [list(range(9))[rows] for rows in runs([1, 1, 2, 2, 3, 3, 3, 7, 9], 6)] == [
+    assert [list(range(9))[rows] for rows in slices_that_fit([1, 1, 2, 2, 3, 3, 3, 7, 9], 6)] == [
         [0, 1, 2],
         [3, 4],
         [5, 6],

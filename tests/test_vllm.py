@@ -59,9 +59,13 @@ def shared():
     return VLLMEngine(BACKBONE, DEVICE, torch.float32, memory_share=0.1)
 
 
+# Of an engine with an adapter. vLLM's kernels for it take no float32 on a GPU.
+LORA_DTYPE, LORA_GAP = (torch.float32, 1e-4) if DEVICE == "cpu" else (torch.bfloat16, 0.2)
+
+
 @pytest.fixture(scope="module")
 def lora():
-    return VLLMEngine(BACKBONE, DEVICE, torch.float32, memory_share=0.1, lora_rank=8)
+    return VLLMEngine(BACKBONE, DEVICE, LORA_DTYPE, memory_share=0.1, lora_rank=8)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +162,7 @@ def test_one_engine_serves_base_and_adapter(lora, frozen, prompts, tmp_path):
     (initial_model, _), (policy, _) = load_model(BACKBONE, DEVICE), load_model(BACKBONE, DEVICE)
     add_adapter(policy, 8)
     greedy = [Request(lora.encode(prompt), 16, 0.0) for prompt in prompts[:16]]
-    initial = generate(frozen, greedy)
+    initial = generate(frozen if DEVICE == "cpu" else base, greedy)
     noise = torch.Generator(DEVICE).manual_seed(0)
     for _ in range(3):
         with torch.no_grad():
@@ -168,16 +172,16 @@ def test_one_engine_serves_base_and_adapter(lora, frozen, prompts, tmp_path):
         policy.save_pretrained(tmp_path / "adapter")
         lora.load_adapter(tmp_path / "adapter")
         mixed = generate_both(lora, base, prompts[:16])
-        assert gap(policy, mixed[0]) < 1e-4 and gap(initial_model, mixed[1]) < 1e-4
+        assert gap(policy, mixed[0]) < LORA_GAP and gap(initial_model, mixed[1]) < LORA_GAP
         assert [c.completion_ids for c in mixed[1]] == [c.completion_ids for c in initial]
     # The same adapter from its folder, and added to the weights.
-    again = VLLMEngine(tmp_path / "adapter", DEVICE, torch.float32, memory_share=0.1)
-    assert gap(policy, sampled(again, prompts[:16])) < 1e-4
+    again = VLLMEngine(tmp_path / "adapter", DEVICE, LORA_DTYPE, memory_share=0.1)
+    assert gap(policy, sampled(again, prompts[:16])) < LORA_GAP
     merged, _ = load_model(tmp_path / "adapter", DEVICE)
-    assert gap(merged, mixed[0]) < 1e-3  # rounded where it is added
+    assert gap(merged, mixed[0]) < max(LORA_GAP, 1e-3)  # rounded where it is added
     plain = TransformersEngine(BACKBONE, DEVICE)
     plain.load_weights(plain_weights(policy))
-    assert gap(plain.model, mixed[0]) < 1e-3  # rounded where it is added
+    assert gap(plain.model, mixed[0]) < max(LORA_GAP, 1e-3)  # rounded where it is added
 
 
 def generate_both(planner, base, prompts):
@@ -208,6 +212,12 @@ TINY = dict(
 )  # fmt: skip
 
 
+def train_apart(config, patch=""):
+    """In a process of its own: vLLM gives a GPU's memory back only at the end of one."""
+    code = f"import train\n{patch}\ntrain.main(train.{config!r})"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
 def metrics_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
 
@@ -223,9 +233,12 @@ def metrics_of(run):
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_a_training_run(tmp_path, options):
-    train.main(train.Config(run_dir=str(tmp_path / "run"), **TINY, **options))
+    low_precision = DEVICE == "cuda" and options["engine"] == "vllm" and "lora_rank" in options
+    dtype = dict(dtype="mixed") if low_precision else {}
+    done = train_apart(train.Config(run_dir=str(tmp_path / "run"), **TINY | options | dtype))
+    assert done.returncode == 0, done.stderr
     metrics = metrics_of(tmp_path / "run")
-    assert len(metrics) == 3 and all(m["sampler_gap"] < 1e-4 for m in metrics)
+    assert len(metrics) == 3 and all(m["sampler_gap"] < (0.05 if low_precision else 1e-4) for m in metrics)
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[-1]["kl"] > 0
     assert load_model(tmp_path / "run" / "checkpoint")[0].num_parameters() == load_model(BACKBONE)[0].num_parameters()
 
@@ -250,11 +263,11 @@ def test_an_adapter_run_that_was_stopped_resumes(tmp_path, monkeypatch):
         train.load_adapter(policy, tmp_path / "whole" / "checkpoint", "another/base")
 
 
-def test_stale_weights_stop_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(VLLMEngine, "load_weights", lambda self, state_dict: None)
+def test_stale_weights_stop_the_run(tmp_path):
     options = TINY | dict(steps=6, learning_rate=3e-3, engine="vllm")
-    with pytest.raises(EngineError, match="does not hold the trainer's weights"):
-        train.main(train.Config(run_dir=str(tmp_path / "run"), **options))
+    forgetful = "import llm; llm.VLLMEngine.load_weights = lambda self, state_dict: None"
+    done = train_apart(train.Config(run_dir=str(tmp_path / "run"), **options), forgetful)
+    assert done.returncode and "does not hold the trainer's weights" in done.stderr
 
 
 def test_eight_bit_moments_and_bfloat16_weights(tmp_path):
@@ -315,6 +328,11 @@ def test_a_server_of_the_same_build(questions, tmp_path):
 def test_nothing_imports_vllm_before_it_is_asked_for():
     code = "import train, sys; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_second_gpu_is_chosen_otherwise():
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES" if DEVICE == "cuda" else "not for cuda:1"):
+        VLLMEngine(BACKBONE, "cuda:1")
 
 
 def test_another_device():

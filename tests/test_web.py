@@ -1037,6 +1037,14 @@ def test_tools_are_chosen_by_name(capsys, monkeypatch):
     assert select_tools(list(TOOLS), Web()) == TOOLS
 
 
+def test_a_search_in_another_world_is_named(capsys):
+    assert "Search" in select_tools(list(TOOLS), Web(), corpus_fits=False)
+    [line] = capsys.readouterr().out.splitlines()
+    assert "--corpus" in line and "--tools" in line
+    select_tools(["Base_Generator"], Web(), corpus_fits=False)
+    assert not capsys.readouterr().out
+
+
 def test_without_a_key_google_is_not_offered(capsys, tmp_path):
     assert list(select_tools(["Search", "Google_Search"], Web())) == ["Search"]
     [line] = capsys.readouterr().out.splitlines()
