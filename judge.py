@@ -183,8 +183,8 @@ def choice_judge(question: str, answer: list[str], prediction: str | None) -> fl
     [letter, content]."""
     letter, content = answer
     named = re.fullmatch(r"(?:(?:option|choice) )?\(?([a-z])(?:[).:]+ ?(.*))?", unwrap(prediction or ""))
-    if named and named[1] == letter.lower():
-        return float(not named[2] or same_answer(question, content, named[2]))
+    if named and (named[1] == letter.lower() or not named[2]):  # a letter alone is the letter, whatever the contents
+        return float(named[1] == letter.lower() and (not named[2] or same_answer(question, content, named[2])))
     return rule_judge(question, content, prediction)
 
 
@@ -207,6 +207,9 @@ def game24_numbers(expression: str) -> list[str]:
 
 def evaluate_expression(text: str) -> tuple[Fraction, list[str]]:
     """Exact value and numbers of + - * / ( ) over integers, read with `ast` and never executed; else `ValueError`."""
+    nested = True
+    while nested:  # from the inside out, and each in brackets: 12*12/\frac{3}{2} is 96
+        text, nested = re.subn(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", text)
     text = re.sub(r"\\times|\\cdot|×|·", "*", unwrap(text).translate(str.maketrans("{}[]", "()()")))
     text = re.sub(r"\s*=\s*24$", "", re.sub(r"\\div|÷", "/", text))
     used = []
@@ -280,13 +283,17 @@ def serve_math() -> None:
     """The worker's side: a JSON pair [list of accepted, prediction] a line in, 1 or 0 a line out."""
     import logging
     import resource
+    import signal
+    from dataclasses import replace
     from functools import lru_cache
 
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable()  # of texts it cannot read
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-    latex = [LatexExtractionConfig()]  # not its plain expressions: SymPy reads those with eval()
+    # Not its plain expressions: SymPy reads those with eval(). Not its units: 2m and 3ab would be 2 and 3.
+    normalization = replace(LatexExtractionConfig().normalization_config, units=False)
+    latex = [LatexExtractionConfig(normalization_config=normalization)]
 
     @lru_cache(4096)  # the rollouts of a question share its accepted answers, and often their predictions
     def read(text: str) -> list:
@@ -297,11 +304,18 @@ def serve_math() -> None:
 
     print("ready", flush=True)
     for line in sys.stdin:
+        signal.alarm(60)  # ends this process even inside SymPy: whoever has asked and would kill it may be gone
         accepted, prediction = json.loads(line)
         print(int(any(same(read(text), read(prediction)) for text in accepted)), flush=True)
+        signal.alarm(0)
 
 
 MATH = MathWorker()
+
+
+def marks(text: str) -> tuple[bool, int]:
+    """Is it in percent, and how many derivatives does it name?"""
+    return re.search(r"%|\bpercent|\bpct\b", text, re.IGNORECASE) is not None, text.count("'") + text.count(r"\prime")
 
 
 def is_number(text: str) -> bool:
@@ -318,8 +332,9 @@ def math_judge(question: str, answer: str | list[str], prediction: str | None) -
     if re.search(r"\b(?:or|and)\b|[;?]", text):  # candidates to choose from are no answer
         return 0.0
     accepted = [unwrap(item, str.strip) for item in ([answer] if isinstance(answer, str) else answer)]
-    # math-verify takes 12 % for 12 and for 0.12; the rules have said already when a percent sign may be left out.
-    accepted = [item for item in accepted if ("%" in item) == ("%" in text)]
+    # math-verify takes 12 % for 12 and for 0.12, and f'(0) for f(0). Where a percent sign may be left out, the rules
+    # have said so.
+    accepted = [item for item in accepted if marks(item) == marks(text)]
     if is_number(text):  # the rules are exact about two numbers, and most wrong answers are one
         accepted = [item for item in accepted if not is_number(item)]
     return float(bool(accepted) and MATH.same(accepted, text))

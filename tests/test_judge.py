@@ -429,6 +429,14 @@ MATH_WRONG = [
     ("33", r"\boxed{33} \boxed{34}"),
     ("12", r"12\%"),
     ("0.12", r"12\%"),
+    ("0.12", "12 percent"),
+    ("0.12", r"12 \text{ pct}"),
+    ("2m", "2"),
+    ("2m", "2t"),
+    ("3ab", "3"),
+    (r"\frac{1}{2}d", r"\frac{1}{2}"),
+    ("f'(0)", "f(0)"),
+    (r"f^{\prime}(0)", "f(0)"),
     ("12", "-12"),
     (r"\frac{1}{2}", r"\frac{1}{3}"),
     (r"\frac{1}{3}", "0.333"),
@@ -517,6 +525,7 @@ CHOICES = [
 GAMES = [
     *((text, 1.0) for text in ("(10-4)*4*1", "4*(10-4)*1", "(10 - 4) × 4 ÷ 1 = 24", "$(10-4) \\times 4 / 1$")),
     *((text, 1.0) for text in ("(10-4)*4/1", "[10-4]*4*1", "**(10-4)*4*1**", "\\boxed{(10-4) \\cdot 4 \\cdot 1}")),
+    *((text, 1.0) for text in (r"\frac{(10-4) \times 4}{1}", r"\dfrac{10-4}{\frac{1}{4}}")),
     *((text, 0.0) for text in ("24", "24*1", "4*4+10-1-1", "(10-4)*4", "6*4*1", "(10-4)*4*1*1", "104-4*1", "")),
     *((text, 0.0) for text in ("10-4*4*1", "(10-4)*4*1 or 24", "(10-4)**4", "10/(4-4)", "((((", "4!", None)),
     *((text, 0.0) for text in ("print(24)", "__import__('os')", "(" * 99 + "1", "10-4*4*1=24", "(True+9)*4")),
@@ -531,6 +540,16 @@ def test_choice(prediction, reward):
 @pytest.mark.parametrize("prediction, reward", GAMES)
 def test_game24(prediction, reward):
     assert game24_judge("Use 1, 4, 4, 10.", ["(10-4)*4*1"], prediction) == reward
+
+
+def test_game24_fractions():
+    assert game24_judge("Use 3, 3, 8, 8.", "8/(3-8/3)", r"\frac{8}{3-\frac{8}{3}}") == 1.0
+    assert game24_judge("Use 2, 3, 12, 12.", "12+12*(3-2)", r"12*12/\frac{3}{2}") == 0.0
+
+
+def test_a_letter_is_the_letter():
+    """Where contents are letters too."""
+    assert [choice_judge("Which?", ["A", "C"], text) for text in ("A", "C", "A) C", "C) D")] == [1.0, 0.0, 1.0, 0.0]
 
 
 def test_agreement_on_the_whole_table():
