@@ -10,8 +10,8 @@ limited, and the program can start no other process or thread. It uses the first
     namespaces   no network and no sight of other processes; it may read and write what file permissions let it
     process      the limits only, and the rights of `nobody` where we are root
 
-Not covered: at no level, holes in the kernel; at the weaker ones what `Sandbox.describe()` says; at `process`, a
-sleeping program outlives a trainer that was killed outright. It is made for a model that errs, not for an enemy.
+Not covered: at no level, holes in the kernel; at the weaker two what `Sandbox.describe()` says, and that a sleeping
+program outlives a trainer that was killed outright. It is made for a model that errs, not for an enemy.
 """
 
 import ast
@@ -164,6 +164,16 @@ class Failure(str):
     """The text of a tool call that failed by the model's mistake."""
 
 
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[str]:
+    """An empty folder, removed afterwards, whatever a program has made of it."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as scratch:
+            yield scratch
+    except RecursionError:  # folders in folders, more than Python can walk down
+        subprocess.run(["rm", "-rf", "--", scratch])
+
+
 class Sandbox:
     """Runs Python source in a separate, limited, killable process."""
 
@@ -188,7 +198,7 @@ class Sandbox:
         """What the program printed; a Failure that ends with the traceback when it fails. Runs it once."""
         slots = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(os.cpu_count() or 1))
         async with slots:
-            with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as scratch:
+            with scratch_folder() as scratch:
                 process = await asyncio.create_subprocess_exec(
                     *self.command,
                     cwd=scratch,
@@ -231,6 +241,10 @@ class Sandbox:
 
     async def _kill_whole(self, process: asyncio.subprocess.Process) -> None:
         if process.returncode is None:
+            with contextlib.suppress(OSError):  # a program that has left the group: it is the first of its namespace
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                for child in map(int, children):
+                    os.kill(child, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):  # it ended this moment
                 os.killpg(process.pid, signal.SIGKILL)
 
@@ -242,10 +256,13 @@ class Sandbox:
         await asyncio.wait_for(drain(), START_TIMEOUT_S)  # better an error than a run that hangs
 
     def _result(self, output: bytes, exit_code: int, timed_out: bool) -> str:
-        text = output.decode(errors="replace").strip()
+        text, end = output.decode(errors="replace").strip(), ""
         if len(text) > self.output_chars or len(output) > 4 * self.output_chars:
-            # Perhaps killed for it, so its exit code says nothing.
-            return f"{text[: self.output_chars]}\n... (cut at {self.output_chars} characters)"
+            text, end = f"{text[: self.output_chars]}\n... (cut at {self.output_chars} characters)", text[-300:]
+        if len(output) > 4 * self.output_chars:
+            return text  # it was killed for it, so its exit code says nothing
+        if end and exit_code == 1:
+            text = f"{text}\n{end}"  # the traceback
         if timed_out:
             return Failure(f"{text}\nError: timed out after {self.timeout_s:g} s".strip())
         if exit_code not in (0, 1):  # 1: the traceback has said why
