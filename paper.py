@@ -572,7 +572,7 @@ def main() -> None:
             write_figures(args.out, scale)
         print(f"{write_page(args.out)}: open it in a browser")
     except (UserError, EngineError, KeyboardInterrupt) as error:
-        print(f"paper.py: {error or 'stopped; the same command continues'}", file=sys.stderr)
+        print(f"paper.py: {str(error) or 'stopped; the same command continues'}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -63,6 +63,13 @@ def token_texts(ids: set[int], run: Path, model: str) -> dict[int, str]:
     return {i: b[len(a) :] for i, a, b in zip(ids, once, twice)}
 
 
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged") from None
+
+
 def policy(template: str) -> str:
     """The page's Content-Security-Policy: the template's own script and style, and not one request."""
 
@@ -84,14 +91,10 @@ def make_page(run: Path) -> str:
     """The whole page of a run folder. `UserError` where there is nothing to show or a file is damaged."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is not the folder of a run: there is no config.json in it")
-    config, groups, metrics = (
-        json.loads((run / "config.json").read_text()),
-        read_groups(run),
-        read_log(run / "metrics.jsonl"),
-    )
+    config, groups, metrics = read_json(run / "config.json"), read_groups(run), read_log(run / "metrics.jsonl")
     if not groups:
         raise UserError(f"{run} holds no trajectories yet: wait for its first step")
-    result = json.loads((run / "result.json").read_text()) if (run / "result.json").is_file() else None
+    result = read_json(run / "result.json") if (run / "result.json").is_file() else None
     if result:
         metrics.append({"step": config["steps"], "test_accuracy": result["after"]["accuracy"]})
     ids = {i for _, trajectories in groups for t in trajectories for turn in t["turns"] for i in turn["completion_ids"]}

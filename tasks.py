@@ -142,7 +142,8 @@ def read_row(row: Any) -> Example:
         raise ValueError("a question of kind choice needs its options")
     if choices:
         answers = accepted_choice(answers, choices)
-        if not all(choice in question for choice in choices):
+        pairs = zip(LETTERS, choices)
+        if not all(re.search(rf"(?<!\w){letter}\W{{1,4}}{re.escape(choice)}", question) for letter, choice in pairs):
             question += "".join(f"\n{letter}) {choice}" for letter, choice in zip(LETTERS, choices))
     if kind == "game24" and is_game24:
         numbers = sorted(map(str, row["question"]))
@@ -354,7 +355,8 @@ def fetch(url: str, sha256: str, folder: Path, gated: bool, mirror: str) -> Path
     arrived = path if path.exists() else path.with_name(path.name + ".part")
     if arrived != path:
         download(mirror.rstrip("/") + urlsplit(url).path if mirror else url, arrived, gated)
-    recorded = dict(reversed(line.split()) for line in sums.read_text().splitlines()) if sums.exists() else {}
+    lines = sums.read_text().splitlines() if sums.exists() else []
+    recorded = {name: found for found, _, name in (line.partition("  ") for line in lines)}
     found, expected = checksum(arrived), sha256 or recorded.get(path.name)
     if expected and found != expected:
         arrived.unlink()

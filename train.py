@@ -542,6 +542,8 @@ def plot_curves(run: Path) -> None:
 def check(config: Config) -> None:
     """Bad values are refused before anything is loaded or written."""
     check_judge(config)
+    if Path(config.task).is_file():
+        raise UserError(f"--task {config.task}: training needs a folder with train.jsonl, dev.jsonl and test.jsonl")
     if config.group_size < 2:
         raise UserError(f"--group_size {config.group_size}: a group needs at least 2 trajectories to compare")
     if config.temperature <= 0:

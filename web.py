@@ -6,7 +6,7 @@ Whoever writes the URLs for `Web_Search` is a model, and whoever writes the page
               opened to such an address and not to the name, so a second answer of the DNS changes nothing. Each
               redirect goes through the same gate. No proxy, cookie, password or key goes along.
     how much  bytes, redirects, attempts and the seconds of a whole page are limited; a watchdog cuts the connection in
-              whatever phase it is.
+              whatever phase it is. (Looking up a name takes as long as the system's resolver lets it.)
     not here  a public address of this machine or its network is not recognised; what a page says is not trusted by this
               code, but the models read it.
 
@@ -51,7 +51,7 @@ NETWORK_FAULTS = (socket.EAI_AGAIN, errno.ENETUNREACH, errno.ENETDOWN, errno.EHO
 MAX_REDIRECTS = 5
 MAX_WAIT_S = 30  # before another attempt, whatever the service asks for
 ARTICLES = 3  # of Wikipedia, read whole for one query
-QUERY_CHARS = 300  # the most that Wikipedia's search takes
+QUERY_CHARS = 300  # of a query: the most that Wikipedia's search takes
 PASSAGE_WORDS, PASSAGE_OVERLAP = 200, 20  # as in the paper (E.2)
 PASSAGES = 3  # the best, over all the pages of one call
 
@@ -262,6 +262,8 @@ class Web:
                     connection.request("GET", parts.path + "?" * bool(parts.query) + parts.query, headers=headers)
                     response = connection.getresponse()
                     body = response.read(self.max_bytes)
+                    if response.length and len(body) < self.max_bytes:
+                        raise ConnectionResetError("the connection was lost in the middle of the page")
         except (OSError, ValueError, http.client.HTTPException) as error:
             if time.monotonic() < deadline:
                 raise self._fault(parts.hostname, error) from None
@@ -490,7 +492,7 @@ async def Google_Search(env: ToolEnv, query: str) -> str:
     Args: query - the question or the keywords.
     Limits: a short account only; the sources themselves say more.
     """
-    web, query = env.web, " ".join(query.split())
+    web, query = env.web, " ".join(query.split())[:QUERY_CHARS]
     if not query:
         return Failure("Error: the query is empty")
     service = f"{web.custom_search} {web.cse_id}" if web.cse_id else web.gemini

@@ -411,6 +411,8 @@ def test_a_run_that_goes_on_or_was_interrupted(small, tmp_path):
         (lambda run: (run / "config.json").unlink(), "not the folder of a run"),
         (lambda run: [path.unlink() for path in run.glob("*.jsonl")], "no trajectories yet"),
         (lambda run: (run / "rollouts.jsonl").write_text('{"step"\n{}\n'), "rollouts.jsonl:1 is damaged"),
+        (lambda run: (run / "config.json").write_text('{"seed"'), "config.json is damaged"),
+        (lambda run: (run / "result.json").write_text(""), "result.json is damaged"),
         (lambda run: (run / "config.json").write_text('{"model": "no/such/model"}'), "cannot load the tokenizer"),
     ],
 )  # fmt: skip

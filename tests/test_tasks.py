@@ -113,6 +113,10 @@ SHAPES = [  # as published benchmarks write their rows
     ({"question": "Which?", "options": "['red', 'blue']", "answer": "B"}, LETTERED),
     ({"question": "Which?", "choices": "A) red\nB) blue", "answer": "B."}, LETTERED),
     ({"question": "Which?\nA) red\nB) blue", "options": ["red", "blue"], "answer": "B"}, LETTERED),
+    (  # the options stand in the question, but not as options
+        {"question": "How many of 1 and 2?", "options": ["2", "1"], "answer": "A"},
+        Example("How many of 1 and 2?\nA) 2\nB) 1", ["A", "2"], kind="choice", choices=("2", "1")),
+    ),
 ]
 
 
@@ -346,6 +350,17 @@ def test_a_damaged_download_is_named_and_fetched_again(site, pinned):
         prepare("2wiki", mirror=site.url)
     prepare("2wiki", mirror=site.url)
     assert b"What" in file.read_bytes()
+
+
+def test_a_list_of_checksums_that_was_cut_is_made_again(site):
+    publish(site, "2wiki", json.dumps(rows_of(9)).encode(), pinned=False)
+    prepare("2wiki", mirror=site.url)
+    sums = Path("data/2wiki/downloads/SHA256SUMS")
+    whole = sums.read_text()
+    for cut in ("", whole[:20], whole[:64], whole[:66]):
+        sums.write_text(cut)
+        prepare("2wiki", mirror=site.url)
+        assert sums.read_text() == whole
 
 
 def test_another_file_than_was_published_is_not_used(site):

@@ -229,6 +229,7 @@ def test_printed_trajectories_cannot_control_the_terminal():
         ({"frozen_engine": "http"}, "takes a URL"),
         ({"model": "nowhere"}, "nowhere"),
         ({"task": "nowhere"}, "no task nowhere"),
+        ({"task": "README.md"}, "needs a folder with train.jsonl"),
         ({"corpus": "nowhere.db"}, "nowhere.db"),
         ({"device": "tpu"}, "no device"),
     ],

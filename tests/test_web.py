@@ -346,6 +346,8 @@ def test_google_by_custom_search(server, client, monkeypatch, tmp_path):
     assert headers["x-goog-api-key"] == KEY and KEY not in everything_stored(tmp_path)
     server.pages["/custom_search"] = answering({"searchInformation": {"totalResults": "0"}})
     assert call(client(), 'Google_Search(query="none")') == ("No results.", True)
+    call(client(), f'Google_Search(query="{"cup " * 1000}")')
+    assert len(server.seen[-1][0]) < 1000  # a longer address would be refused, and that would stop the run
 
 
 @pytest.mark.parametrize(
@@ -526,6 +528,14 @@ def test_of_an_endless_page_the_beginning_is_read(server, client):
     assert read(client(max_bytes=300_000), f"{server.url}/?2", "zither")[1]
     server.pages["/"] = raw(OK_LINE, b"Content-Length: 99999999999\r\n\r\n", forever=b"<p>zither " * 4096)
     assert read(client(max_bytes=300_000), f"{server.url}/?3", "zither")[1]
+
+
+def test_a_page_that_breaks_off_is_tried_again_and_not_kept(server, client):
+    server.pages["/"] = raw(OK_LINE, b"Content-Length: 5000\r\n\r\n<p>half a page")
+    text, ok = read(client(), server.url)
+    assert not ok and "in the middle of the page" in text and len(server.seen) > 1
+    server.pages["/"] = (200, {}, b"<p>the whole")
+    assert read(client(), server.url) == (f"({server.url}/)\nthe whole", True)
 
 
 @pytest.mark.parametrize(
