@@ -341,12 +341,20 @@ def planner_folder(path: str) -> str:
     return str(checkpoint) if checkpoint.is_dir() else path
 
 
+def read_json(path: Path) -> dict:
+    """What a run has written; `UserError` where that is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged") from None
+
+
 def trained_with(path: str, config: EvalConfig) -> str:
     """The flags of a run's training that stand otherwise in this evaluation, as for the command line; "" where `path`
     is no run, or all are the same."""
     if planner_folder(path) == path:
         return ""
-    trained = json.loads((Path(path) / "config.json").read_text())
+    trained = read_json(Path(path) / "config.json")
     trained["frozen_model"] = trained["frozen_model"] or trained["model"]
     flags = ("frozen_model", "corpus", "tools", "max_turns", "max_planner_tokens", "max_frozen_tokens", "result_chars")
     changed = {flag: trained[flag] for flag in flags if trained[flag] != getattr(config, flag)}
@@ -390,11 +398,12 @@ def main(config: EvalConfig) -> None:
     kept = read_kept(path, lambda row: (row["key"], row)) if path else {}
     results: dict[str, dict[str, dict]] = {}
     shared = {config.frozen_model: frozen} if frozen and not config.tokenizer else {}  # equal weights are loaded once
-    engines, planner, system = dict(shared), None, None
+    engines = dict(shared)
     for name in dict.fromkeys(config.planners):
-        if flags := trained_with(name.removeprefix("bare:"), config):
+        path_or_name = name.removeprefix("bare:")
+        model = planner_folder(path_or_name)
+        if flags := trained_with(path_or_name, config):
             print(f"{name} was trained with {flags}; here it is evaluated with other values")
-        model = planner_folder(name.removeprefix("bare:"))
         if model not in engines:
             engines, planner, system = dict(shared), None, None  # frees the last planner, though not one of vLLM
             engines[model] = open_engine(config.engine, model, device, dtype, config.tokenizer, **vllm)

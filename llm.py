@@ -371,11 +371,11 @@ class VLLMEngine(Engine):
         else:  # no piecewise CUDA graphs: an engine that starts clears those of every engine in the process
             options = dict(gpu_memory_utilization=memory_share, enable_sleep_mode=can_sleep, max_num_seqs=512)
             options |= dict(compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"})
-        if lora_rank and device != "cpu" and dtype == torch.float32:
-            raise UserError("the LoRA kernels of vLLM take no float32: use --dtype mixed or bfloat16")
         if lora_rank:
-            # Beside rows with an adapter, a row without one reads slot -1, the last, on a CPU: it must stay empty.
+            if device != "cpu" and dtype == torch.float32:
+                raise UserError("the LoRA kernels of vLLM take no float32: use --dtype mixed or bfloat16")
             rank = 1 << (max(8, lora_rank) - 1).bit_length()  # the next power of two: vLLM takes no others
+            # Beside rows with an adapter, a row without one reads slot -1, the last, on a CPU: it must stay empty.
             options |= dict(enable_lora=True, max_lora_rank=rank, max_loras=2 if device == "cpu" else 1)
         try:
             self.llm = vllm.LLM(
@@ -481,7 +481,7 @@ class VLLMEngine(Engine):
             raise EngineError("vLLM did not drop its prefix cache after a change of weights: requests are running")
 
     def sleep(self) -> None:
-        if self.can_sleep:
+        if self.can_sleep and not self.asleep:
             # Level 2 forgets the weights, as all of them come anew; under an adapter the base must outlive the sleep.
             self.llm.sleep(level=1 if self.lora_rank else 2)
             self.asleep = True

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from eval import table
+from eval import read_json, table
 from llm import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -61,13 +61,6 @@ def token_texts(ids: set[int], run: Path, model: str) -> dict[int, str]:
     # Some tokenizers drop the space of the first token. So each is decoded twice in a row, and the second is taken.
     once, twice = (tokenizer.batch_decode([[i] * n for i in ids], clean_up_tokenization_spaces=False) for n in (1, 2))
     return {i: b[len(a) :] for i, a, b in zip(ids, once, twice)}
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path} is damaged") from None
 
 
 def policy(template: str) -> str:

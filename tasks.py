@@ -142,9 +142,9 @@ def read_row(row: Any) -> Example:
         raise ValueError("a question of kind choice needs its options")
     if choices:
         answers = accepted_choice(answers, choices)
-        pairs = zip(LETTERS, choices)
-        if not all(re.search(rf"(?<!\w){letter}\W{{1,4}}{re.escape(choice)}", question) for letter, choice in pairs):
-            question += "".join(f"\n{letter}) {choice}" for letter, choice in zip(LETTERS, choices))
+        lettered = list(zip(LETTERS, choices))
+        if not all(re.search(rf"(?<!\w){letter}\W{{1,4}}{re.escape(choice)}", question) for letter, choice in lettered):
+            question += "".join(f"\n{letter}) {choice}" for letter, choice in lettered)
     if kind == "game24" and is_game24:
         numbers = sorted(map(str, row["question"]))
         if not all(sorted(game24_numbers(answer)) == numbers for answer in answers):

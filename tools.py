@@ -256,13 +256,12 @@ class Sandbox:
         await asyncio.wait_for(drain(), START_TIMEOUT_S)  # better an error than a run that hangs
 
     def _result(self, output: bytes, exit_code: int, timed_out: bool) -> str:
-        text, end = output.decode(errors="replace").strip(), ""
-        if len(text) > self.output_chars or len(output) > 4 * self.output_chars:
-            text, end = f"{text[: self.output_chars]}\n... (cut at {self.output_chars} characters)", text[-300:]
+        text = output.decode(errors="replace").strip()
+        cut = f"{text[: self.output_chars]}\n... (cut at {self.output_chars} characters)"
         if len(output) > 4 * self.output_chars:
-            return text  # it was killed for it, so its exit code says nothing
-        if end and exit_code == 1:
-            text = f"{text}\n{end}"  # the traceback
+            return cut  # it was killed for it, so its exit code says nothing
+        if len(text) > self.output_chars:
+            text = f"{cut}\n{text[-300:]}" if exit_code == 1 else cut  # the end has the traceback
         if timed_out:
             return Failure(f"{text}\nError: timed out after {self.timeout_s:g} s".strip())
         if exit_code not in (0, 1):  # 1: the traceback has said why

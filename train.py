@@ -300,6 +300,7 @@ def main(config: Config) -> None:
 
         # --- save
         result["train_seconds"] = result.get("train_seconds", 0.0) + clock.total()
+        result["peak_gpu_memory_mb"] = max(result.get("peak_gpu_memory_mb", 0.0), clock.gpu_memory_mb)
         if step % config.save_every == 0 or step == config.steps or stop.asked:
             save(run, step, policy, tokenizer, optimizer, result)
         if stop.asked:
@@ -637,7 +638,6 @@ def load_adapter(policy: Any, folder: Path, base: str) -> None:
 
 
 def finish(run: Path, config: Config, result: dict) -> None:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = {
         "seed": config.seed,
         "test_accuracy_before": result["before"]["accuracy"],
@@ -648,7 +648,7 @@ def finish(run: Path, config: Config, result: dict) -> None:
         },
         "train_seconds": result["train_seconds"],
         "peak_memory_mb": peak_memory_mb(),
-        "peak_gpu_memory_mb": max(m.get("gpu_memory_mb", 0.0) for m in lines),
+        "peak_gpu_memory_mb": result.get("peak_gpu_memory_mb", 0.0),
         "versions": dict(
             python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__
         ),
