@@ -348,8 +348,10 @@ def test_truncated_importance_weights():
     # pi_old / pi_sampler = 1.5 at even columns, 100 at odd ones: the cap of 2 holds the second, the KL is not weighed.
     gap = torch.where(torch.arange(mask.shape[1]) % 2 == 0, math.log(1.5), math.log(100.0)).double().expand(mask.shape)
     kl = gradient({**batch, "advantages": torch.zeros_like(batch["advantages"])}, **options)[1]
-    capped = gradient({**batch, "sampler_logprobs": batch["old_logprobs"] - gap}, tis_cap=2.0, **options)[1]
+    _, capped, stats = gradient({**batch, "sampler_logprobs": batch["old_logprobs"] - gap}, tis_cap=2.0, **options)
     torch.testing.assert_close(capped - kl, (plain[1] - kl) * gap.exp().clamp(max=2.0))
+    weights = batch["row_weights"][:, None] * mask / mask.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(stats["importance"], (weights * gap.exp().clamp(max=2.0)).sum())
 
     leaves = {name: batch["old_logprobs"].clone().requires_grad_() for name in ("old_logprobs", "sampler_logprobs")}
     leaves["ref_logprobs"] = batch["ref_logprobs"].clone().requires_grad_()
@@ -582,12 +584,16 @@ def test_packed_rows_see_nothing_of_each_other():
     rows = [[torch.randint(300, 800, (n,), generator=generator).tolist() for n in pair] for pair in lengths]
     prompts, completions = map(list, zip(*rows))
     model, _ = load_model(BACKBONE)
-    gradients = []
+    gradients, shapes = [], []
+    model.model.register_forward_pre_hook(
+        lambda _, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
     for packed in (False, True):
         logprobs, mask, entropy = token_logprobs(model, prompts, completions, 0.7, packed=packed)
         model.zero_grad()
         (logprobs * mask).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
+        assert shapes.pop() == ((1, sum(map(sum, lengths))) if packed else (5, 80))
         for i in range(len(rows)):  # each row alone
             alone, _, alone_entropy = token_logprobs(model, prompts[i : i + 1], completions[i : i + 1], 0.7)
             n = len(completions[i])

@@ -188,12 +188,30 @@ def test_sampling_through_token_ids(backbone):
         assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1.0, 0, 0.0, 1.0)
 
 
-def test_a_server_without_token_ids(backbone, monkeypatch):
+SAMPLED = {"text": "", "token_ids": [5, 6], "logprobs": {"token_logprobs": [-1.0, -2.0]}, "finish_reason": "stop"}
+LACKING = "no token ids or no log-probs: serve the planner with vLLM"
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"token_ids": None}, LACKING),
+        ({"logprobs": None}, LACKING),
+        ({"prompt_token_ids": [1, 2, 3]}, "do not belong to the prompt"),
+        ({"token_ids": [5]}, "do not belong to the prompt"),
+        ({"finish_reason": "abort"}, "finish_reason 'abort'"),
+    ],
+)
+def test_a_server_without_the_ids_and_logprobs_of_its_tokens(backbone, monkeypatch, wrong, message):
     with serve(backbone) as (url, _):
         engine = quick(url, tokenizer=str(BACKBONE))
-        monkeypatch.setattr(engine, "_exchange", lambda *_: (200, {}, b'{"choices": [{"text": "hi"}]}'))
-        with pytest.raises(EngineError, match="no token ids or no log-probs: serve the planner with vLLM"):
-            ask(engine, "hello")
+        request = Request(engine.encode("hello"), 8, 1.0, seed=1)
+        answers = [SAMPLED, SAMPLED | wrong]
+        monkeypatch.setattr(engine, "_exchange", lambda *_: (200, {}, json.dumps({"choices": [answers[0]]}).encode()))
+        assert asyncio.run(engine.generate(request)).completion_ids == [5, 6]
+        answers.pop(0)
+        with pytest.raises(EngineError, match=message):
+            asyncio.run(engine.generate(request))
 
 
 def test_trajectories_are_the_same_through_a_failing_server(backbone):

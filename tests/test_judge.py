@@ -436,12 +436,14 @@ MATH_WRONG = [
     ("3ab", "3"),
     (r"\frac{1}{2}d", r"\frac{1}{2}"),
     ("f'(0)", "f(0)"),
+    ("f'(0)", r"f^{\prime\prime}(0)"),
     (r"f^{\prime}(0)", "f(0)"),
     ("12", "-12"),
     (r"\frac{1}{2}", r"\frac{1}{3}"),
     (r"\frac{1}{3}", "0.333"),
     ("[0,1)", "[0,1]"),
     ("(1,2)", "(2,1)"),
+    ("(1,2)", "1 or 2"),
     ("x^2-1", "x^2+1"),
     (r"\pi", "3.14"),
     ("5", "__import__('os').getpid()"),
@@ -545,6 +547,7 @@ def test_game24(prediction, reward):
 def test_game24_fractions():
     assert game24_judge("Use 3, 3, 8, 8.", "8/(3-8/3)", r"\frac{8}{3-\frac{8}{3}}") == 1.0
     assert game24_judge("Use 2, 3, 12, 12.", "12+12*(3-2)", r"12*12/\frac{3}{2}") == 0.0
+    assert game24_judge("Use 2, 3, 12, 12.", "12+12*(3-2)", "12*(3-2)+12") == 1.0
 
 
 def test_a_letter_is_the_letter():
