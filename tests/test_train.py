@@ -186,7 +186,13 @@ def test_several_updates_clip_and_options_run(tmp_path):
     departures = dict(aggregation="token-mean", normalize_std=False, tis_cap=2.0, skip_zero_variance=True)
     train.main(tiny(tmp_path / "run", steps=1, save_every=1, **options, **departures))
     metrics = timeless(tmp_path / "run")[1]
-    assert metrics["ratio"] != 1 and metrics["kl"] > 0
+    assert abs(metrics["ratio"] - 1) > 1e-3 and metrics["clip_fraction"] > 0 and metrics["kl"] > 0
+
+
+def test_the_objective_is_the_papers_unless_asked_otherwise():
+    config = train.Config()
+    assert (config.aggregation, config.normalize_std, config.kl_coef) == ("paper", True, 0.001)
+    assert (config.clip_low, config.clip_high, config.tis_cap, config.skip_zero_variance) == (0.2, 0.2, 0.0, False)
 
 
 def test_rows_that_are_left_out_do_not_thin_the_figures(tmp_path):

@@ -22,10 +22,12 @@ import agent
 import eval as evaluation
 import web
 from agent import AgentSystem
+from eval import EvalConfig
 from judge import RULES
 from llm import Completion, UserError
 from tasks import Example
 from tools import TOOLS, CommandError, Failure, ToolEnv, parse_command, run_tool
+from train import Config
 from web import WEB_TOOLS, Web, best_passages, is_public, passages, readable, select_tools
 
 KEY = "AIzaSyNotARealKey-0123456789abcdefghijk"
@@ -349,6 +351,10 @@ def test_google_by_custom_search(server, client, monkeypatch, tmp_path):
     call(client(), f'Google_Search(query="{"cup " * 1000}")')
     assert len(server.seen[-1][0]) < 1000  # a longer address would be refused, and that would stop the run
 
+    monkeypatch.delenv("GOOGLE_CSE_ID")  # Gemini answers otherwise: what the other service said is not its answer
+    server.pages["/gemini"] = answering(GROUNDED)
+    assert call(client(), 'Google_Search(query="none")')[0].startswith("Zoë won.")
+
 
 @pytest.mark.parametrize(
     "status, message",
@@ -661,6 +667,7 @@ ODD_HOSTS = [  # refused for one reason or another: not all resolvers know them
 
 
 def test_private_addresses_are_refused(server, client):
+    assert not Web().allow_private and not Config().web_private and not EvalConfig().web_private
     strict = client(allow_private=False)
     for url in LOCAL:
         text, ok = read(strict, url.format(port=server.server_port))
