@@ -195,6 +195,16 @@ def test_the_objective_is_the_papers_unless_asked_otherwise():
     assert (config.clip_low, config.clip_high, config.tis_cap, config.skip_zero_variance) == (0.2, 0.2, 0.0, False)
 
 
+@pytest.mark.parametrize(
+    "optimizer, dtype, trained, gib",
+    [("adamw", torch.float32, True, 16), ("adamw8bit", torch.bfloat16, True, 6), ("adamw", torch.bfloat16, False, 2)],
+)
+def test_the_memory_of_2_to_the_30_weights(optimizer, dtype, trained, gib):
+    policy = torch.nn.Linear(2**15, 2**15, bias=False, device="meta", dtype=dtype).requires_grad_(trained)
+    text = train.budget(policy, train.Config(optimizer=optimizer), "cpu")
+    assert text.endswith(f" M parameters, {gib}.00 GiB of weights, gradients and moments")
+
+
 def test_rows_that_are_left_out_do_not_thin_the_figures(tmp_path):
     train.main(tiny(tmp_path / "run", steps=1, questions_per_step=12, skip_zero_variance=True))
     metrics = timeless(tmp_path / "run")[1]
