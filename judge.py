@@ -290,7 +290,8 @@ def serve_math() -> None:
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable()  # of texts it cannot read
-    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    if sys.platform != "darwin":  # which refuses it
+        resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
     # Not its plain expressions: SymPy reads those with eval(). Not its units: 2m and 3ab would be 2 and 3.
     normalization = replace(LatexExtractionConfig().normalization_config, units=False)
     latex = [LatexExtractionConfig(normalization_config=normalization)]

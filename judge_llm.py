@@ -11,8 +11,9 @@ than an answer. `compare=True` asks about the accepted ones too, only to measure
 The prediction comes from a policy that is rewarded for fooling the judge. So it stands in the prompt as a JSON string
 on a line of its own, in which no bare quote, line break, control or format character, or control token of a chat
 template survives: it cannot end the string, and outside of it the prompt has only our text. The reply must be one JSON
-object and nothing around it, so that no quotation in a reply is taken for the verdict. What remains is persuasion from
-within the string: the prompt warns of it, and how well that works depends on the model. Look at the cache now and then.
+object and nothing around it (but thoughts before it, or a code fence), so that no quotation is taken for the verdict.
+What remains is persuasion from within the string: the prompt warns of it, and how well that works depends on the model.
+Look at the cache now and then.
 
 A reply that is no verdict is asked for again, then `EngineError`: a judge that cannot answer stops the run.
 """
@@ -63,7 +64,7 @@ def fence(case: dict) -> str:
 
 
 def parse_verdict(reply: str) -> tuple[bool, str]:
-    """(correct, analysis) of a reply that is exactly the object that was asked for; else `ValueError`."""
+    """(correct, analysis) of a reply that is the object that was asked for; else `ValueError`."""
     text = reply.strip()
     if not text.startswith("{"):  # a model may think aloud first, and may put its object into a fenced block
         text = text.rpartition("</think>")[2].strip()

@@ -2,11 +2,11 @@
 
 To add a tool, write one async function (its docstring is what the planner reads) and name it in `TOOLS`.
 
-The sandbox runs each program once, in a process of its own, without network, inherited environment or stdin, in an
-empty scratch directory that is removed afterwards. Wall-clock time, CPU time, memory, file size and output are
+The sandbox runs each program once, in a process of its own, without inherited environment or stdin, in an empty
+scratch directory that is removed afterwards. Wall-clock time, CPU time, memory, file size and output are
 limited, and the program can start no other process or thread. It uses the first level that is seen to work:
 
-    bubblewrap   the program sees a read-only Python runtime and its scratch directory, nothing else
+    bubblewrap   no network; the program sees a read-only Python runtime and its scratch directory, nothing else
     namespaces   no network and no sight of other processes; it may read and write what file permissions let it
     process      the limits only, and the rights of `nobody` where we are root
 

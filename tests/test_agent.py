@@ -135,6 +135,7 @@ def test_long_results_are_cut_in_the_middle_with_a_mark():
     cut = cut_middle(text, 100)
     assert cut.startswith("a" * 50) and cut.endswith("b" * 50) and "[... 900 characters cut ...]" in cut
     assert cut_middle(text, 1000) == text
+    assert cut_middle("abcdefgh", 5) == "abc [... 3 characters cut ...] gh"
     memory = Memory("q", steps=[Step("g", "Search", "c", text)], result_chars=100)
     assert "900 characters cut" in memory.render() and memory.steps[0].result == text
 

@@ -63,6 +63,13 @@ def test_the_untrained_planner_is_well_formed_and_clumsy(engine):
     assert sampled["format_error_rate"] <= 0.05 and sampled["tool_error_rate"] <= 0.1
 
 
+def test_a_plan_that_reaches_the_token_limit_is_marked(engine):
+    for limit, truncated in ((3, True), (64, False)):
+        system = AgentSystem(engine, engine, load_corpus(), Sandbox(), max_turns=1, max_planner_tokens=limit)
+        [[trajectory]] = system.rollout([load_examples("tinyworld", "dev")[0].question], 1, 1.0, ("test",))
+        assert [turn.truncated for turn in trajectory.turns] == [truncated]
+
+
 def test_crashed_questions_are_counted(engine):
     examples = load_examples("tinyworld", "dev")[:6]
 
@@ -128,10 +135,12 @@ def test_eval_side_by_side(tmp_path, capsys):
 
 def test_a_run_that_was_trained_otherwise_is_named(tmp_path, capsys):
     shutil.copytree(BACKBONE, tmp_path / "run" / "checkpoint")
-    trained = asdict(Config(model="Qwen/Qwen2.5-0.5B-Instruct", max_turns=3, tools=["Search", "Python_Coder"]))
+    trained = asdict(
+        Config(model="Qwen/Qwen2.5-0.5B-Instruct", max_turns=3, temperature=0.5, tools=["Search", "Python_Coder"])
+    )
     (tmp_path / "run" / "config.json").write_text(json.dumps(trained))
     run(tmp_path / "eval.json", planners=[str(tmp_path / "run")], questions=1)
-    flags = "--frozen_model Qwen/Qwen2.5-0.5B-Instruct --tools Search Python_Coder --max_turns 3"
+    flags = "--frozen_model Qwen/Qwen2.5-0.5B-Instruct --tools Search Python_Coder --temperature 0.5 --max_turns 3"
     assert f"was trained with {flags}; here" in capsys.readouterr().out
     run(tmp_path / "eval.json", questions=1)
     assert "was trained" not in capsys.readouterr().out

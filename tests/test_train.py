@@ -15,6 +15,7 @@ import torch
 from test_eval import Scripted
 from test_http import serve
 from transformers import HfArgumentParser
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 import train
 from agent import Memory, Step, Trajectory
@@ -87,6 +88,17 @@ def test_what_a_run_leaves(finished):
     assert metrics[4]["kl"] > 0
     rollouts = [json.loads(line) for line in (finished / "rollouts.jsonl").read_text().splitlines()]
     assert len(rollouts) == 4 * TINY["questions_per_step"] * TINY["group_size"]
+    for m in metrics[1:]:
+        mine = [r for r in rollouts if r["step"] == m["step"]]
+        groups = [mine[i : i + TINY["group_size"]] for i in range(0, len(mine), TINY["group_size"])]
+        equal = [len({r["reward"] for r in group}) == 1 for group in groups]
+        assert all(len({r["question"] for r in group}) == 1 for group in groups)
+        assert m["zero_variance_groups"] == pytest.approx(sum(equal) / len(groups))
+        assert m["reward"] == pytest.approx(sum(r["reward"] for r in mine) / len(mine))
+        assert m["turns"] == pytest.approx(sum(len(r["turns"]) for r in mine) / len(mine))
+        lengths = [len(turn["completion_ids"]) for r in mine for turn in r["turns"]]
+        assert m["tokens_per_turn"] == pytest.approx(sum(lengths) / len(lengths))
+        assert m["truncated_turns"] == sum(n == 64 for n in lengths) / len(lengths) < 0.1
     turns = [(r["step"], turn) for r in rollouts for turn in r["turns"]]
     assert all(len(turn["completion_ids"]) == len(turn["logprobs"]) == len(turn["ref_logprobs"]) for _, turn in turns)
     changes = [(step, max(abs(a - b) for a, b in zip(turn["logprobs"], turn["ref_logprobs"]))) for step, turn in turns]
@@ -203,6 +215,43 @@ def test_the_memory_of_2_to_the_30_weights(optimizer, dtype, trained, gib):
     policy = torch.nn.Linear(2**15, 2**15, bias=False, device="meta", dtype=dtype).requires_grad_(trained)
     text = train.budget(policy, train.Config(optimizer=optimizer), "cpu")
     assert text.endswith(f" M parameters, {gib}.00 GiB of weights, gradients and moments")
+
+
+@pytest.mark.parametrize(
+    "dtype, lora_rank, device, expected",
+    [
+        ("auto", 0, "cpu", (torch.float32, torch.float32, False)),
+        ("auto", 0, "cuda", (torch.float32, torch.bfloat16, True)),
+        ("mixed", 0, "cpu", (torch.float32, torch.bfloat16, True)),
+        ("bfloat16", 0, "cuda", (torch.bfloat16, torch.bfloat16, False)),
+        ("mixed", 8, "cuda", (torch.bfloat16, torch.bfloat16, True)),
+        ("bfloat16", 8, "cuda", (torch.bfloat16, torch.bfloat16, True)),
+        ("float32", 8, "cuda", (torch.float32, torch.float32, False)),
+    ],
+)
+def test_precision_of_weights_engines_and_arithmetic(dtype, lora_rank, device, expected):
+    assert train.precision(train.Config(dtype=dtype, lora_rank=lora_rank), device) == expected
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing():
+    config = train.Config(learning_rate=10.0, warmup_steps=2, steps=5, updates_per_step=2)
+    assert [train.learning_rate(config, n) for n in range(10)] == pytest.approx([5, 9, 8, 7, 6, 5, 4, 3, 2, 1])
+    config.decay = False
+    assert [train.learning_rate(config, n) for n in range(3)] == [5, 10, 10]
+
+
+def test_activation_checkpointing_recomputes_in_a_run(tmp_path, monkeypatch):
+    calls, forward = [], Qwen2Attention.forward
+    monkeypatch.setattr(Qwen2Attention, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    counts = []
+    for recompute in (False, True):
+        train.main(tiny(tmp_path / str(recompute), steps=1, dev_questions=1, activation_checkpointing=recompute))
+        counts.append(len(calls))
+        calls.clear()
+    assert counts[1] > counts[0]
+    metrics = [timeless(tmp_path / name)[1] for name in ("False", "True")]
+    assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], abs=1e-6)
+    assert metrics[0]["grad_norm"] == pytest.approx(metrics[1]["grad_norm"], rel=1e-4)
 
 
 def test_rows_that_are_left_out_do_not_thin_the_figures(tmp_path):
