@@ -1,5 +1,6 @@
 """The README is true: its commands run, its names exist, its files are there, and its figures are those of the runs."""
 
+import asyncio
 import json
 import re
 import runpy
@@ -7,9 +8,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import agent
 import flow_grpo
@@ -76,6 +79,27 @@ def test_commands_run(folder, monkeypatch, capsys):
             runpy.run_path(str(ROOT / words[1]), run_name="__main__")
         except SystemExit as end:
             assert not end.code, f"{command}: {capsys.readouterr().err[-2000:]}"
+
+
+def test_the_snippets_work():
+    """Each in the file where the README says it goes."""
+    tool, reward, algorithm = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = dict(vars(tools))
+    exec(tool, names)
+    env = tools.ToolEnv(None, None, None, names["TOOLS"])
+    for day, result in (("2026-11-20", ("Friday", True)), ("soon", ("Error: 'soon' is not a date", False))):
+        command = tools.parse_command(f'Calendar(day="{day}")', names["TOOLS"])
+        assert asyncio.run(tools.run_tool(env, command)) == result
+    assert "Tells the weekday of a date." in agent.toolbox(names["TOOLS"])
+
+    names = dict(vars(judge))
+    exec(reward, names)
+    assert names["shorter_is_better"]("How many?", "12", "12") == 1 - 0.002
+
+    names = dict(vars(flow_grpo))
+    exec("def group_advantages(rewards):\n" + textwrap.indent(algorithm, "    "), names)
+    advantages = names["group_advantages"](torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
+    torch.testing.assert_close(advantages, torch.tensor([[2 / 3, -2 / 3, -2 / 3, 2 / 3]]))
 
 
 def test_make_commands_exist():
