@@ -180,8 +180,9 @@ def interval(rewards: list[list[float]]) -> tuple[float, float]:
     return wilson(sum(map(sum, rewards)) * worth / (n * trials), worth)
 
 
-def wilson(hits: float, n: float, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: float, n: float) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson score): right for small n and for shares near 0 and 1 too."""
+    z = 1.96
     share, square = hits / n, z * z / n
     centre = (share + square / 2) / (1 + square)
     half = z / (1 + square) * math.sqrt(max(0.0, share * (1 - share) / n + square / (4 * n)))
@@ -342,11 +343,11 @@ def planner_folder(path: str) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """What a run has written; `UserError` where that is damaged."""
+    """What a run has written; `UserError` where that is damaged or missing."""
     try:
         return json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path} is damaged") from None
+    except (OSError, ValueError):
+        raise UserError(f"{path} is damaged or missing") from None
 
 
 def trained_with(path: str, config: EvalConfig) -> str:
@@ -386,10 +387,8 @@ def main(config: EvalConfig) -> None:
     tasks = {task: load_examples(task, config.split)[: config.questions or None] for task in config.task}
     bfloat16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.startswith("cuda")
     dtype, vllm = torch.bfloat16 if bfloat16 else torch.float32, dict(memory_share=config.engine_memory)
-    if all(name.startswith("bare:") for name in config.planners):
-        frozen = None
-    else:
-        frozen = open_engine(config.engine, config.frozen_model, device, dtype, **vllm)
+    alone = all(name.startswith("bare:") for name in config.planners)
+    frozen = None if alone else open_engine(config.engine, config.frozen_model, device, dtype, **vllm)
     verdicts = Path(config.output).parent / "verdicts.jsonl"
     judge = open_judge(config, verdicts, device, dtype, {config.frozen_model: frozen})
     sandbox, corpus = Sandbox(), load_corpus(config.corpus)

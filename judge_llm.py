@@ -21,6 +21,7 @@ A reply that is no verdict is asked for again, then `EngineError`: a judge that 
 import asyncio
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
@@ -222,9 +223,10 @@ def read_kept(path: Path, item: Callable[[dict], tuple[str, Any]]) -> dict[str, 
     try:
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
+        rows = dict(item(json.loads(line)) for line in whole.splitlines())
         if whole != data:
-            path.write_bytes(whole)
-        return dict(item(json.loads(line)) for line in whole.splitlines())
+            os.truncate(path, len(whole))  # not written anew: a kill in the middle of it would lose the rows
+        return rows
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{path} is not one of our files ({error}): remove it or name another") from None
 

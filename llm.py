@@ -81,8 +81,9 @@ def best_device(name: str = "auto") -> str:
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(device for device, available in has.items() if available)
-    if not has.get(name.split(":")[0]):
-        raise UserError(f"no device {name} on this machine: use one of {', '.join(d for d in has if has[d])}")
+    if not has.get(name):
+        there = ", ".join(device for device in has if has[device])
+        raise UserError(f"no device {name} here: use one of {there}; CUDA_VISIBLE_DEVICES chooses among GPUs")
     return name
 
 
@@ -227,7 +228,6 @@ class TransformersEngine(Engine):
         sampled = torch.zeros(len(requests), max_tokens, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(requests), max_tokens, device=device)
         counts = limits.clone()  # completion tokens of each row; lowered when EOS comes before the limit
-        stopped = torch.zeros(len(requests), dtype=torch.bool, device=device)
 
         hidden, cache = self._read(list(prompts))
         hidden = hidden[of_row]  # (B, H)
@@ -242,7 +242,6 @@ class TransformersEngine(Engine):
             sampled[rows, t], logprobs[rows, t] = tokens, token_logprobs
             at_eos = running & torch.isin(tokens, eos)
             counts[rows[at_eos]] = t + 1
-            stopped[rows[at_eos]] = True
             running &= ~at_eos & (limits[rows] > t + 1)
             if not running.any():
                 break
@@ -258,7 +257,11 @@ class TransformersEngine(Engine):
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, 0]
-        return self._completions(requests, sampled.tolist(), logprobs.tolist(), counts.tolist(), stopped.tolist())
+        ids = [row[:count] for row, count in zip(sampled.tolist(), counts.tolist())]
+        self.tokens_generated += sum(map(len, ids))
+        reasons = ["length" if set(self.eos_ids).isdisjoint(row) else "stop" for row in ids]
+        parts = zip(requests, ids, logprobs.tolist(), self.decode(ids), reasons)
+        return [Completion(list(r.prompt_ids), row, logs[: len(row)], text, why) for r, row, logs, text, why in parts]
 
     def _read(self, prompts: list[tuple[int, ...]]) -> tuple[torch.Tensor, DynamicCache]:
         """Prompts, the shortest first -> the hidden state at the last token of each (U, H), and their cache.
@@ -288,15 +291,6 @@ class TransformersEngine(Engine):
                 row.uniform_(generator=generator.manual_seed(request.seed))
         # A vocabulary of 150k sums up to 1 within 1e-16 in float64, which MPS lacks.
         return uniforms.to(self.model.device, torch.float32 if self.model.device.type == "mps" else torch.float64)
-
-    def _completions(self, requests, sampled, logprobs, counts, stopped) -> list[Completion]:
-        completions = []
-        ids = [row[:count] for row, count in zip(sampled, counts)]
-        for request, row, text, row_logprobs, stop in zip(requests, ids, self.decode(ids), logprobs, stopped):
-            reason = "stop" if stop else "length"
-            completions.append(Completion(list(request.prompt_ids), row, row_logprobs[: len(row)], text, reason))
-            self.tokens_generated += len(row)
-        return completions
 
 
 def slices_that_fit(lengths: list[int], max_tokens: int) -> Iterator[slice]:
@@ -339,11 +333,9 @@ def import_vllm(device: str) -> Any:
     except ImportError as error:
         advice = "run `make gpu` or pip install -r requirements-gpu.txt, or use --engine transformers"
         raise UserError(f"--engine vllm needs the package vllm ({error}): {advice}") from None
-    if current_platform.device_type != device.split(":")[0]:
+    if current_platform.device_type != device:
         made_for = current_platform.device_type or "a GPU, and there is none here"
         raise UserError(f"this build of vllm is made for {made_for}, not for {device}: use --engine transformers")
-    if device.partition(":")[2] not in ("", "0"):
-        raise UserError(f"vLLM takes the first GPU, not {device}: choose another with CUDA_VISIBLE_DEVICES")
     return vllm
 
 
@@ -547,6 +539,7 @@ class HTTPEngine:
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
         if key := os.environ.get("OPENAI_API_KEY"):
             self.session.headers["Authorization"] = f"Bearer {key}"
+            self.session.auth = lambda request: request  # else requests puts what ~/.netrc has in its place
         self.gave_up = threading.Event()  # the run ends, so nobody needs to try again
         try:
             names = [entry["id"] for entry in self._call("GET", "/models", None, lambda body: body["data"])]
@@ -567,7 +560,11 @@ class HTTPEngine:
 
     async def generate(self, request: Request) -> Completion:
         call = self._complete_ids if self.tokens else self._complete_chat
-        return await asyncio.get_running_loop().run_in_executor(self.threads, call, request)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.threads, call, request)
+        except asyncio.CancelledError:
+            self.gave_up.set()  # the run ends: its threads must not try again for minutes
+            raise
 
     def _sampling(self, request: Request) -> dict[str, Any]:
         seed = {"seed": request.seed, "top_p": 1.0} if request.temperature else {}
@@ -710,19 +707,17 @@ class Lockstep:
     def _run_if_all_wait(self) -> None:
         if len(self.waiting) < self.live or not self.waiting:
             return
-        batch = sorted(self.waiting, key=lambda item: item[0])
-        if any(engine is self.first for _, engine, *_ in batch):
-            batch = [item for item in batch if item[1] is self.first]
-        self.waiting = [item for item in self.waiting if item[1] not in {engine for _, engine, *_ in batch}]
-        for engine in dict.fromkeys(item[1] for item in batch):
-            mine = [item for item in batch if item[1] is engine]
-            try:
-                completions = engine.generate_batch([item[2] for item in mine])
-            except Exception as error:  # everyone who waits must hear of it, or the run would hang
-                failure = EngineError(f"the engine failed: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                for *_, future in batch + self.waiting:
-                    future.done() or future.set_exception(failure)
-                return
-            for (*_, future), completion in zip(mine, completions):
-                future.set_result(completion)
+        engines = [engine for _, engine, *_ in self.waiting]
+        engine = self.first if self.first in engines else engines[0]
+        batch = sorted((item for item in self.waiting if item[1] is engine), key=lambda item: item[0])
+        self.waiting = [item for item in self.waiting if item[1] is not engine]
+        try:
+            completions = engine.generate_batch([item[2] for item in batch])
+        except Exception as error:  # everyone who waits must hear of it, or the run would hang
+            failure = EngineError(f"the engine failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            for *_, future in batch + self.waiting:
+                future.done() or future.set_exception(failure)
+            return
+        for (*_, future), completion in zip(batch, completions):
+            future.set_result(completion)

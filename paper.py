@@ -339,7 +339,6 @@ def write_figures(out: Path, scale: Scale) -> None:
         for run in used:
             records.setdefault(run.name, {})[run.seed] = files[run.id]["data"]
         data = {
-            "figure": name,
             "scale": scale.name,
             "made_by": fingerprints(name, scale),
             "runs": {i: {k: files[i][k] for k in ("seconds", "date")} | {"settings": runs[i].settings} for i in files},

@@ -261,11 +261,10 @@ def learn_from_teacher(run: Run, folder: Path) -> dict:
     fine_tune(policy, optimizer, rows, settings["epochs"], run.seed)
     student = TransformersEngine(BACKBONE)
     student.load_weights(policy.state_dict())
-    figures = {
+    return {
         name: evaluate(replace(system, planner=planner), test_set, 1.0, (run.seed, "test"))
         for name, planner in (("teacher", teacher), ("student", student))
     }
-    return figures | {"rows": len(rows)}
 
 
 def fine_tune(policy: Any, optimizer: Any, rows: list[tuple[list[int], list[int]]], epochs: int, seed: int) -> None:

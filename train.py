@@ -24,8 +24,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -133,6 +133,9 @@ def main(config: Config) -> None:
     tools = select_tools(config.tools, web, bool(config.corpus) or config.task == "tinyworld")
     run = Path(config.run_dir or f"runs/{Path(config.task).name}-seed{config.seed}")
     start_run(run, config)
+    if (run / "result.json").exists():
+        print(f"{run} is finished; for another run, remove it or name another folder with --run_dir")
+        return report(run)
     device = best_device(config.device)
 
     # Four parts: the policy that is trained, the engine that samples it, the frozen engine that plays every other
@@ -157,9 +160,6 @@ def main(config: Config) -> None:
 
     # Resume: weights, optimizer and step of the last checkpoint; log lines of later steps are dropped and made again.
     first_step, result = resume(run, policy, optimizer, config)
-    if (run / "result.json").exists() and first_step > config.steps:
-        print(f"{run} is finished; for another run, remove it or name another folder with --run_dir")
-        return report(run)
     if first_step > 1:
         sync(planner_engine, policy, run)
         print(f"continuing after step {first_step - 1}")
@@ -299,7 +299,7 @@ def main(config: Config) -> None:
             print(transcript(questions[0], groups[0][0]))
 
         # --- save
-        result["train_seconds"] = result.get("train_seconds", 0.0) + clock.total()
+        result["train_seconds"] = result.get("train_seconds", 0.0) + sum(clock.laps.values())
         result["peak_gpu_memory_mb"] = max(result.get("peak_gpu_memory_mb", 0.0), clock.gpu_memory_mb)
         if step % config.save_every == 0 or step == config.steps or stop.asked:
             save(run, step, policy, tokenizer, optimizer, result)
@@ -442,15 +442,10 @@ def learning_rate(config: Config, update: int) -> float:
 
 def questions_of_step(train_set: list[Example], step: int, count: int, seed: int) -> list[Example]:
     """The next `count` questions of an endless stream, shuffled anew each epoch; a function of the step alone."""
-
-    def stream():
-        first = (step - 1) * count
-        for epoch in range(first // len(train_set), sys.maxsize):
-            order = random.Random(f"{seed} epoch {epoch}").sample(range(len(train_set)), len(train_set))
-            skip = max(0, first - epoch * len(train_set))
-            yield from (train_set[i] for i in order[skip:])
-
-    return list(islice(stream(), count))
+    n, first = len(train_set), (step - 1) * count
+    epochs = range(first // n, (first + count - 1) // n + 1)
+    order = [i for epoch in epochs for i in random.Random(f"{seed} epoch {epoch}").sample(range(n), n)]
+    return [train_set[i] for i in order[first % n : first % n + count]]
 
 
 # --- what you see -----------------------------------------------------------------------------------------------------
@@ -460,7 +455,7 @@ class Clock:
     """Seconds of each phase of a step, and the most GPU memory in use at the end of one."""
 
     def __init__(self) -> None:
-        self.started = self.last = time.perf_counter()
+        self.last = time.perf_counter()
         self.laps: dict[str, float] = {}
         self.gpu_memory_mb = 0.0
 
@@ -468,9 +463,6 @@ class Clock:
         now = time.perf_counter()
         self.laps[phase], self.last = now - self.last, now
         self.gpu_memory_mb = max(self.gpu_memory_mb, used_gpu_memory_mb())
-
-    def total(self) -> float:
-        return time.perf_counter() - self.started
 
 
 def console_line(m: dict, steps: int) -> str:
@@ -617,7 +609,7 @@ def resume(run: Path, policy, optimizer, config: Config) -> tuple[int, dict]:
                 policy.load_state_dict(load_model(current, dtype=policy.dtype)[0].state_dict())
             optimizer.load_state_dict(trainer["optimizer"])
             step, result = trainer["step"], trainer["result"]
-        except (UserError, OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        except (UserError, OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{current} is not a whole checkpoint ({reason}): remove {run} to start again") from error
     for name in ("metrics.jsonl", "rollouts.jsonl"):

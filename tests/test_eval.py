@@ -142,6 +142,9 @@ def test_a_run_that_was_trained_otherwise_is_named(tmp_path, capsys):
     run(tmp_path / "eval.json", planners=[str(tmp_path / "run")], questions=1)
     flags = "--frozen_model Qwen/Qwen2.5-0.5B-Instruct --tools Search Python_Coder --temperature 0.5 --max_turns 3"
     assert f"was trained with {flags}; here" in capsys.readouterr().out
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json is damaged or missing"):
+        run(tmp_path / "eval.json", planners=[str(tmp_path / "run")], questions=1)
     run(tmp_path / "eval.json", questions=1)
     assert "was trained" not in capsys.readouterr().out
 

@@ -169,12 +169,30 @@ def test_a_refusal_is_not_tried_again(backbone, status):
 
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(backbone, monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    (tmp_path / "netrc").write_text("default login me password other")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with serve(backbone, always=401) as (url, seen):
         engine = quick(url)
         with pytest.raises(EngineError, match="refuses the key in OPENAI_API_KEY") as error:
             ask(engine, "hello")
-        assert seen[0][2] == f"Bearer {KEY}"
+        assert seen[0][2] == f"Bearer {KEY}"  # not what ~/.netrc has for the host
         assert KEY not in str(error.value) and KEY not in repr(engine) and KEY not in str(vars(engine))
+
+
+def test_a_run_that_is_stopped_does_not_try_again(backbone):
+    with serve(backbone, always="slow") as (url, seen):
+        engine = quick(url, retries=8)
+
+        async def stopped():
+            task = asyncio.ensure_future(engine.generate(Request(engine.encode("hello"), 16, 0.0)))
+            while not seen:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        asyncio.run(stopped())
+        engine.threads.shutdown()  # as the interpreter does at its end
+        assert len(seen) <= 2
 
 
 def test_sampling_through_token_ids(backbone):

@@ -282,6 +282,14 @@ def test_a_damaged_cache_is_named(tmp_path, line):
         ModelJudge(always(True), "m", cache)
 
 
+def test_a_file_of_another_kind_is_left_as_it_is(tmp_path):
+    cache = tmp_path / "verdicts.jsonl"
+    cache.write_text('{"name": "Ann"}\n{"name": "B')
+    with pytest.raises(UserError, match="is not one of our files"):
+        ModelJudge(always(True), "m", cache)
+    assert cache.read_text() == '{"name": "Ann"}\n{"name": "B'
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     judge = ModelJudge(always(True), "m", tmp_path / "file" / "verdicts.jsonl")

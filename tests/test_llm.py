@@ -254,6 +254,9 @@ def test_a_folder_that_is_no_model(tmp_path):
 def test_unknown_device():
     with pytest.raises(UserError, match="no device"):
         llm.best_device("tpu")
+    with pytest.raises(UserError, match="no device cuda:1 here: .*; CUDA_VISIBLE_DEVICES chooses among GPUs"):
+        llm.best_device("cuda:1")
+    assert llm.best_device("cpu") == "cpu" and llm.best_device() in ("cuda", "mps", "cpu")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed here")

@@ -395,6 +395,8 @@ def test_a_gated_set_needs_the_token_and_no_one_else_gets_it(site, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "bad-token")
     with pytest.raises(UserError, match=f"^{page} was refused: accept its terms there, then set your token$"):
         prepare("gaia", mirror=site.url)
+    Path("netrc").write_text("machine 127.0.0.1 login me password other")
+    monkeypatch.setenv("NETRC", "netrc")
     monkeypatch.setenv("HF_TOKEN", "good-token")
     site.redirects[path] = f"http://localhost:{site.server_port}/storage"  # another host, as the publisher's storage is
     site.files["/storage"] = site.files.pop(path)

@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -320,26 +321,53 @@ def test_another_config_in_the_same_folder(finished):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
-@pytest.mark.parametrize("damage", ["no trainer.pt", "half trainer.pt", "half weights", "no weights"])
-def test_a_half_written_checkpoint(finished, tmp_path, damage):
-    import shutil
-
+def test_a_finished_run_without_its_checkpoint_stays_finished(finished, tmp_path, capsys):
+    """It was deleted to save space: that is no reason to train again over the logs."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoint")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    train.main(tiny(run))
+    out = capsys.readouterr().out
+    assert "is finished" in out and "accuracy (n = 6)" in out
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+class Code:
+    """Runs where a pickle of it is loaded."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["no trainer.pt", "half trainer.pt", "zeros in trainer.pt", "code in trainer.pt", "half weights", "no weights"],
+)
+def test_a_half_written_checkpoint(finished, tmp_path, damage):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "result.json").unlink()  # it comes last
     path = run / "checkpoint" / ("trainer.pt" if "trainer" in damage else "model.safetensors")
     data = path.read_bytes()
     path.unlink()
     if damage.startswith("half"):
         path.write_bytes(data[: len(data) // 2])
+    elif damage.startswith("zeros"):
+        path.write_bytes(bytes(len(data)))
+    elif damage.startswith("code"):
+        torch.save({"step": 4, "optimizer": Code(tmp_path / "executed"), "result": {}}, path)
     with pytest.raises(UserError, match="not a whole checkpoint"):
         train.main(tiny(run))
+    assert not (tmp_path / "executed").exists()
     assert (run / "rollouts.jsonl").read_bytes() == (finished / "rollouts.jsonl").read_bytes()  # nothing is lost
 
 
 def test_a_kill_while_saving_leaves_a_checkpoint(finished, tmp_path, monkeypatch):
     """Killed between any two file operations of `save`, a resume finds the new checkpoint or the last one."""
-    import shutil
-
     policy, tokenizer = train.load_model(finished / "checkpoint")
     optimizer = torch.optim.AdamW(policy.parameters())
 
