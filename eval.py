@@ -357,9 +357,8 @@ def trained_with(path: str, config: EvalConfig) -> str:
         return ""
     trained = read_json(Path(path) / "config.json")
     trained["frozen_model"] = trained["frozen_model"] or trained["model"]
-    flags = ("frozen_model", "corpus", "tools", "temperature", "max_turns", "max_planner_tokens", "max_frozen_tokens")
-    flags += ("result_chars",)
-    changed = {flag: trained[flag] for flag in flags if trained[flag] != getattr(config, flag)}
+    flags = "frozen_model corpus tools temperature max_turns max_planner_tokens max_frozen_tokens result_chars"
+    changed = {flag: trained[flag] for flag in flags.split() if trained[flag] != getattr(config, flag)}
     return " ".join(f"--{flag} {' '.join(v) if isinstance(v, list) else v}" for flag, v in changed.items())
 
 

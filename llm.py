@@ -539,7 +539,7 @@ class HTTPEngine:
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
         if key := os.environ.get("OPENAI_API_KEY"):
             self.session.headers["Authorization"] = f"Bearer {key}"
-            self.session.auth = lambda request: request  # else requests puts what ~/.netrc has in its place
+            self.session.auth = lambda request: request  # without one, requests puts what ~/.netrc has in its place
         self.gave_up = threading.Event()  # the run ends, so nobody needs to try again
         try:
             names = [entry["id"] for entry in self._call("GET", "/models", None, lambda body: body["data"])]

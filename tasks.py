@@ -373,8 +373,8 @@ def download(url: str, part: Path, gated: bool) -> None:
     if gated and token:
         headers["Authorization"] = f"Bearer {token}"  # `requests` drops it when a redirect leads to another host
     try:
-        as_it_is = {"auth": lambda request: request}  # else requests puts what ~/.netrc has in place of the token
-        with requests.get(url, headers=headers, stream=True, timeout=30, **as_it_is) as response:
+        # Without an `auth`, requests would put what ~/.netrc has in place of the token.
+        with requests.get(url, headers=headers, auth=lambda request: request, stream=True, timeout=30) as response:
             if response.status_code == 416 and done:  # nothing is left to send, or the partial file is not of this one
                 part.unlink()
                 return download(url, part, gated)
