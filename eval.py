@@ -182,7 +182,7 @@ def interval(rewards: list[list[float]]) -> tuple[float, float]:
 
 def wilson(hits: float, n: float) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson score): right for small n and for shares near 0 and 1 too."""
-    z = 1.96
+    z = 1.96  # standard deviations of a normal distribution hold 95 % of it
     share, square = hits / n, z * z / n
     centre = (share + square / 2) / (1 + square)
     half = z / (1 + square) * math.sqrt(max(0.0, share * (1 - share) / n + square / (4 * n)))

@@ -206,14 +206,12 @@ def check_judge(config: Any) -> None:
         raise UserError(f"--judge_tokens {config.judge_tokens}: must be at least 1")
 
 
-def open_judge(
-    config: Any, cache: Path, device: str, dtype: torch.dtype, loaded: dict[str, Any] | None = None
-) -> ModelJudge | None:
+def open_judge(config: Any, cache: Path, device: str, dtype: torch.dtype, loaded: dict[str, Any]) -> ModelJudge | None:
     """The judge of --judge llm; None where the rules judge alone. A model that is `loaded` already serves as it is."""
     if config.judge == "rules":
         return None
     model, memory = config.judge_model, dict(memory_share=config.engine_memory)
-    engine = (loaded or {}).get(model) or open_engine(config.engine, model, device, dtype, **memory)
+    engine = loaded.get(model) or open_engine(config.engine, model, device, dtype, **memory)
     return ModelJudge(asker(engine, config.judge_tokens), model, cache, config.judge_compare)
 
 

@@ -76,6 +76,11 @@ def derive_seed(*key: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
+def no_netrc(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """The `auth` of calls with a key of ours: without one, requests replaces its header by what ~/.netrc has."""
+    return request
+
+
 def best_device(name: str = "auto") -> str:
     """cuda, mps or cpu, whichever the machine has, in this order; `UserError` for a device that it lacks."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -539,7 +544,7 @@ class HTTPEngine:
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
         if key := os.environ.get("OPENAI_API_KEY"):
             self.session.headers["Authorization"] = f"Bearer {key}"
-            self.session.auth = lambda request: request  # without one, requests puts what ~/.netrc has in its place
+            self.session.auth = no_netrc
         self.gave_up = threading.Event()  # the run ends, so nobody needs to try again
         try:
             names = [entry["id"] for entry in self._call("GET", "/models", None, lambda body: body["data"])]

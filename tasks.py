@@ -41,7 +41,7 @@ import requests
 from tqdm import tqdm
 
 from judge import RULES, game24_numbers, normalize
-from llm import UserError
+from llm import UserError, no_netrc
 from tinyworld.world import World
 from tools import Corpus
 
@@ -373,8 +373,7 @@ def download(url: str, part: Path, gated: bool) -> None:
     if gated and token:
         headers["Authorization"] = f"Bearer {token}"  # `requests` drops it when a redirect leads to another host
     try:
-        # Without an `auth`, requests would put what ~/.netrc has in place of the token.
-        with requests.get(url, headers=headers, auth=lambda request: request, stream=True, timeout=30) as response:
+        with requests.get(url, headers=headers, auth=no_netrc, stream=True, timeout=30) as response:
             if response.status_code == 416 and done:  # nothing is left to send, or the partial file is not of this one
                 part.unlink()
                 return download(url, part, gated)

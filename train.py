@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from agent import AgentSystem, Trajectory
-from eval import behaviour, evaluate, run_main, setting, table
+from eval import behaviour, evaluate, read_json, run_main, setting, table
 from flow_grpo import (
     broadcast_to_turns,
     flow_grpo_loss,
@@ -666,7 +666,7 @@ def used_gpu_memory_mb() -> float:
 
 def report(run: Path) -> None:
     """The table before and after, and where everything lies."""
-    result = json.loads((run / "result.json").read_text())
+    result = read_json(run / "result.json")
     print(table({"before": result["before"], "after": result["after"]}))
     print(f"trained in {result['train_seconds']:.0f} s, peak memory {result['peak_memory_mb']:.0f} MB")
     for name in ("curves.png", "rollouts.jsonl", "metrics.jsonl", "checkpoint"):

@@ -40,7 +40,7 @@ import lxml.html
 import requests
 from lxml.etree import LxmlError, iterwalk, strip_elements
 
-from llm import UserError
+from llm import UserError, no_netrc
 from tools import TOOLS, Corpus, Failure, ToolEnv
 
 USER_AGENT = "nano-agentflow/1 (https://arxiv.org/abs/2510.05592) python-requests"  # Wikipedia wants to know
@@ -102,6 +102,7 @@ class Web:
         self.cse_id = os.environ.get("GOOGLE_CSE_ID", "").strip()
         self.threads = ThreadPoolExecutor(THREADS, "web")
         self.session = requests.Session()  # for the services; pages get a connection of their own
+        self.session.auth = no_netrc
         self.session.headers["User-Agent"] = USER_AGENT
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=THREADS))

@@ -331,6 +331,9 @@ def test_a_finished_run_without_its_checkpoint_stays_finished(finished, tmp_path
     out = capsys.readouterr().out
     assert "is finished" in out and "accuracy (n = 6)" in out
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (run / "result.json").write_text("{")
+    with pytest.raises(UserError, match="result.json is damaged"):
+        train.main(tiny(run))
 
 
 class Code:

@@ -306,6 +306,8 @@ def everything_stored(folder: Path) -> str:
 @pytest.mark.parametrize("variable", web.GOOGLE_KEYS)
 def test_google_by_gemini_with_grounding(server, client, monkeypatch, tmp_path, variable):
     monkeypatch.setenv(variable, f" {KEY}\n")
+    (tmp_path / "netrc").write_text("default login me password other")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     server.pages["/gemini"] = answering(GROUNDED)
     text, ok = call(client(), 'Google_Search(query="who won the cup")')
     assert ok and text.split("\n") == [
@@ -318,7 +320,7 @@ def test_google_by_gemini_with_grounding(server, client, monkeypatch, tmp_path, 
         "contents": [{"parts": [{"text": "who won the cup"}]}],
         "tools": [{"google_search": {}}],
     }
-    assert headers["x-goog-api-key"] == KEY and KEY not in path
+    assert headers["x-goog-api-key"] == KEY and KEY not in path and "Authorization" not in headers
     assert "who won the cup" in everything_stored(tmp_path) and KEY not in everything_stored(tmp_path)
 
 
