@@ -13,7 +13,7 @@ test: $(VENV)/installed
 
 # The paper's analyses in small, and a page of them: paper/index.html. QUICK=1 takes minutes instead of hours.
 paper: $(VENV)/installed
-	$(VENV)/bin/python paper.py $(if $(filter-out 0,$(QUICK)),--quick)
+	$(VENV)/bin/python -m lab.paper $(if $(filter-out 0,$(QUICK)),--quick)
 
 # vLLM, LoRA and 8-bit Adam: an environment of its own beside the small one.
 gpu: $(GPU_VENV)/installed

@@ -9,13 +9,17 @@ Only the planner is trained. Everything else goes through `env.ask`, a frozen mo
 """
 
 import asyncio
+import itertools
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm import Completion, EngineError, Lockstep, Request, UserError, derive_seed
+from tqdm import tqdm
+
+from judge import rules
+from llm import Completion, Lockstep, Request, derive_seed
 from tools import TOOLS, CommandError, ToolEnv, parse_command, run_tool, tool_metadata
 
 # --- what a question leaves behind ------------------------------------------------------------------------------------
@@ -64,7 +68,7 @@ class Memory:
 
 @dataclass
 class Trajectory:
-    """One rollout of a question: its turns are trained on, its memory and answer are for the judge and the reader."""
+    """One rollout of a question. Its turns are trained on; its memory and answer are for the judge and the reader."""
 
     question: str
     turns: list[Turn]
@@ -72,7 +76,6 @@ class Trajectory:
     answer: str
     reward: float = 0.0
     advantage: float = 0.0
-    crash: str = ""  # the machine's fault that ended it, in an evaluation; in training such a fault stops the run
     tokens: Counter[str] = field(default_factory=Counter)  # its cost: planner_read, planner_written, frozen_read, ...
 
 
@@ -296,21 +299,6 @@ def toolbox(tools: dict[str, Callable] = TOOLS) -> str:
     return "\n".join(tool_metadata(tool) for tool in tools.values())
 
 
-# --- the bare model, a baseline ---------------------------------------------------------------------------------------
-
-BARE_PROMPT = """Answer the question. Think step by step first. Then write the answer alone, as a name, a number or a \
-few words, between the tags <answer> and </answer>.
-
-Question: {question}"""
-
-
-async def solve_bare(question: str, planner: Planner) -> Trajectory:
-    """The model in the planner's place on its own: one prompt and its answer, no modules, no tools, no turns. What it
-    wrote is kept as the analysis."""
-    action = await planner(BARE_PROMPT.format(question=question))
-    return Trajectory(question, [], Memory(question, action.text), parse_answer(action.text))
-
-
 # --- many questions at once -------------------------------------------------------------------------------------------
 
 
@@ -320,78 +308,54 @@ class AgentSystem:
 
     planner: Any  # the engine of the trained policy
     frozen: Any  # the engine of the initial weights: analyst, executor, verifier, generator, the tools' model
-    corpus: Any
-    sandbox: Any
+    corpus: Any  # the articles that Search looks into
+    sandbox: Any  # where the programs of Python_Coder run
     max_turns: int = 4
-    max_planner_tokens: int = 64
-    max_frozen_tokens: int = 64
-    result_chars: int = 400
-    tools: dict[str, Callable] = field(default_factory=lambda: TOOLS)
-    web: Any = None  # the client of the web tools
-    bare: bool = False  # the planner's model answers alone
+    max_tokens: int = 64  # of one completion
+    result_chars: int = 400  # of a tool's result in the memory
+    tools: dict[str, Callable] = field(default_factory=TOOLS.copy)
+    temperature: float = 1.0  # of the planner; 0 is greedy
+    reward: Callable = rules  # of `judge.score`
+    solve: Callable = solve  # the loop of a question, Algorithm 1
 
     def rollout(
-        self,
-        questions: list[str],
-        group_size: int,
-        temperature: float,
-        seed: tuple,
-        on_done: Callable[[], Any] = lambda: None,
+        self, questions: list[str], group_size: int, seed: tuple, label: str = "rollouts"
     ) -> list[list[Trajectory]]:
         """`group_size` trajectories of each question, all in flight together: [question][sample].
 
         `seed` is a key such as (run seed, step); question, sample, turn and role are added to it for each request.
         """
-        jobs = [(question, (*seed, p, g)) for p, question in enumerate(questions) for g in range(group_size)]
-        flat = self.solve_all(jobs, temperature, lambda *_: on_done())
-        return [flat[p * group_size : (p + 1) * group_size] for p in range(len(questions))]
+        lockstep = Lockstep(self.frozen, self.planner)  # in this order, all come to the planner together
+        keys = [(p, g) for p in range(len(questions)) for g in range(group_size)]
+        with tqdm(total=len(keys), desc=label, leave=False) as bar:
 
-    def solve_all(
-        self,
-        jobs: list[tuple[str, tuple]],
-        temperature: float,
-        on_done: Callable[[int, Trajectory], Any] = lambda *_: None,
-        keep_crashed: bool = False,
-    ) -> list[Trajectory]:
-        """A trajectory for each (question, seed), all in flight together; `on_done(its index, it)` as each ends.
+            async def one(order, p, g) -> Trajectory:
+                trajectory = await self.run(questions[p], (*seed, p, g), lockstep, order)
+                bar.update()
+                return trajectory
 
-        A machine's fault in one of them stops all, or is kept as the `crash` of that one; dead engines stop all.
-        """
-        lockstep = Lockstep(first=self.frozen)  # then all come to the planner together
+            flat = asyncio.run(lockstep.gather(one(order, *key) for order, key in enumerate(keys)))
+        return [flat[i : i + group_size] for i in range(0, len(flat), group_size)]
 
-        async def one(order: int, question: str, seed: tuple) -> Trajectory:
-            turn, tokens = 0, Counter()
+    async def run(self, question: str, seed: tuple, lockstep: Lockstep, order: int) -> Trajectory:
+        """One question through `solve`, as trajectory number `order` of a lockstep."""
+        tokens, turns = Counter(), itertools.count(1)
 
-            async def complete(module: str, engine: Any, request: Request) -> Completion:
-                completion = await lockstep.generate(engine, request, order)
-                read, written = completion.tokens()
-                tokens.update({f"{module}_read": read, f"{module}_written": written})
-                return completion
+        async def complete(module, engine, prompt, temperature, seed=0) -> Completion:
+            request = Request(engine.encode(prompt), self.max_tokens, temperature, seed)
+            completion = await lockstep.generate(engine, request, order)
+            read, written = completion.usage
+            tokens.update({f"{module}_read": read, f"{module}_written": written})
+            return completion
 
-            async def planner(prompt: str) -> Completion:
-                nonlocal turn
-                turn += 1
-                ids, key = self.planner.encode(prompt), derive_seed(*seed, turn, "planner")
-                return await complete("planner", self.planner, Request(ids, self.max_planner_tokens, temperature, key))
+        async def planner(prompt: str) -> Completion:
+            turn_seed = derive_seed(*seed, next(turns), "planner")
+            return await complete("planner", self.planner, prompt, self.temperature, turn_seed)
 
-            async def ask(role: str, prompt: str) -> str:
-                request = Request(self.frozen.encode(prompt), self.max_frozen_tokens, temperature=0.0)
-                return (await complete("frozen", self.frozen, request)).text
+        async def ask(role: str, prompt: str) -> str:
+            return (await complete("frozen", self.frozen, prompt, temperature=0.0)).text
 
-            try:
-                if self.bare:
-                    trajectory = await solve_bare(question, planner)
-                else:
-                    env = ToolEnv(ask, self.corpus, self.sandbox, self.tools, self.web)
-                    trajectory = await solve(question, planner, env, self.max_turns, self.result_chars)
-            except (EngineError, UserError):
-                raise
-            except Exception as error:
-                if not keep_crashed:
-                    raise
-                trajectory = Trajectory(question, [], Memory(question), "", crash=f"{type(error).__name__}: {error}")
-            trajectory.tokens = tokens
-            on_done(order, trajectory)
-            return trajectory
-
-        return asyncio.run(lockstep.gather(one(order, *job) for order, job in enumerate(jobs)))
+        env = ToolEnv(ask, self.corpus, self.sandbox, self.tools)
+        trajectory = await self.solve(question, planner, env, self.max_turns, self.result_chars)
+        trajectory.tokens = tokens
+        return trajectory

@@ -10,28 +10,26 @@ pi_old given its own prompt s (question, analysis, memory so far): a turn is a t
 
 Shapes: P questions, G trajectories of each (a group), T_i turns of trajectory i, B rows (turns) in a batch or a part of
 it; T tokens in its longest completion, S in its longest prompt + completion, N in all its completions, C of those in a
-chunk, L in all its rows, when packed; D hidden size, V vocabulary.
+chunk; D hidden size, V vocabulary.
 
 Same as the paper
   three nested means, over trajectories, turns and tokens: a long trajectory weighs no more than a short one    (Eq. 5)
   mean and std of the G trajectories, never pooled over turns: more turns do not shift the baseline             (Eq. 7)
   the ratio of each token is clipped to 1 +- eps; KL to the initial policy with beta = 0.001                    (Eq. 5)
-  (with one update for each batch of rollouts, the default of train.py, r = 1 and no clip acts; from two on it does)
-Where the paper gives no value, ours
+  (with one update per batch of rollouts, the default of train.py, r = 1 and no clip acts; from two on it does)
+Where the paper gives no value, we take
   eps = 0.2; KL by the k3 estimator, under the same means; std with G - 1; a group of equal rewards gets A = 0
 Departs, and why; all off by default
   clip_high=0.3        as the authors ran it: an unlikely token can rise further before it is clipped           (Eq. 5)
   "token-mean"         as the authors ran it: every token counts the same, so long rows count more              (Eq. 5)
   normalize_std=False  Dr. GRPO: dividing by std favours questions that are nearly always solved or failed      (Eq. 7)
   tis_cap              sampler and trainer differ in rounding: weigh tokens by min(pi_old / pi_sampler, cap)    (Eq. 5)
-  rows with A = 0 left out by the caller, weights unchanged: saves work, but drops their pull to pi_ref         (Eq. 5)
 """
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-MAX_PADDING = 0.05  # of a micro-batch
 MAX_LOGITS = 2**26  # of a chunk, 256 MiB in float32: a larger vocabulary takes smaller chunks, not more memory
 
 
@@ -39,8 +37,6 @@ def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     """Eq. 7: rewards (P, G) -> advantages (P, G). One number per trajectory, so turns cannot enter the statistics."""
     if rewards.ndim != 2:
         raise ValueError(f"rewards must be (questions, group size), got shape {tuple(rewards.shape)}")
-    if rewards.shape[1] < 2:
-        raise ValueError(f"a group needs at least 2 trajectories to compare, got {rewards.shape[1]}")
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards must be finite, got nan or inf")
     rewards = rewards.double()  # so that rewards that differ never have a std that rounds to zero
@@ -55,7 +51,7 @@ def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
 
 def broadcast_to_turns(advantages: Tensor, num_turns: list[int]) -> Tensor:
     """Eq. 4: advantages (P, G) -> (B,). Each turn of a trajectory gets the trajectory's; T_i = num_turns[p * G + i]."""
-    if len(num_turns) != advantages.numel():
+    if len(num_turns) != advantages.numel():  # torch would take one count for all
         raise ValueError(f"{len(num_turns)} turn counts for {advantages.numel()} trajectories")
     return advantages.flatten().repeat_interleave(torch.tensor(num_turns, device=advantages.device))
 
@@ -66,13 +62,9 @@ def row_weights(num_turns: list[int], num_tokens: list[int] | None = None, aggre
     "paper": 1 / (P G T_i), the two outer means of Eq. 5. "token-mean": |a| / total tokens, so that after the mean over
     the row's tokens in the loss each token of the batch carries 1 / total. For the whole batch, before any split.
     """
-    if not num_turns or min(num_turns) < 1:
-        raise ValueError("every trajectory needs at least one turn")
     if aggregation == "paper":
         return torch.tensor([1 / (len(num_turns) * turns) for turns in num_turns for _ in range(turns)])  # (B,)
     if aggregation == "token-mean":
-        if num_tokens is None or len(num_tokens) != sum(num_turns) or min(num_tokens) < 1:
-            raise ValueError("token-mean needs num_tokens: the length, at least 1, of each completion of each turn")
         return torch.tensor([tokens / sum(num_tokens) for tokens in num_tokens])  # (B,)
     raise ValueError(f'aggregation must be "paper" or "token-mean", got {aggregation!r}')
 
@@ -82,18 +74,19 @@ def token_weights(row_weights: Tensor, mask: Tensor) -> Tensor:
     return mask * (row_weights / mask.sum(dim=1))[:, None]
 
 
-def micro_batches(lengths: list[int], max_tokens: int, packed: bool = False) -> list[list[int]]:
-    """Split row indices so that rows * longest <= max_tokens and at most MAX_PADDING of that is padding; or, packed, so
-    that the lengths sum up to max_tokens at most. A row that is longer than that comes alone.
+def micro_batches(lengths: list[int], max_tokens: int, max_padding: float = 0.05) -> list[list[int]]:
+    """Split row indices so that rows * longest <= max_tokens, and at most that share of it is padding. A row that is
+    longer than max_tokens comes alone.
 
-    `lengths` count prompt and completion. Sorted, so little is padded; longest first: too little memory shows at once.
+    `lengths` count prompt and completion. Rows are sorted, so little is padded; longest first: too little memory shows
+    at once.
     """
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # stable: equal lengths keep their order
-        batch = [*batches[-1], i] if batches else []
-        real = sum(lengths[j] for j in batch)
-        size = real if packed or not batch else len(batch) * lengths[batch[0]]
-        if batch and size <= max_tokens and size - real <= MAX_PADDING * size:
+        batch = [*batches[-1], i] if batches else [i]
+        size = len(batch) * lengths[batch[0]]
+        padding = size - sum(lengths[j] for j in batch)
+        if batches and size <= max_tokens and padding <= max_padding * size:
             batches[-1].append(i)
         else:
             batches.append([i])
@@ -107,7 +100,6 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk_size: int = 512,
     pad_token_id: int = 0,
-    packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log pi(a_j | s, a_<j) of each completion token: logprobs (B, T), mask (B, T), entropy (B, T, without gradient).
 
@@ -115,15 +107,10 @@ def token_logprobs(
     are `lm_head` of the last hidden state (Qwen, Llama, Mistral; not Gemma 2, which caps its logits afterwards).
 
     Rows are padded on the RIGHT: under a causal mask no real token sees a pad, and positions start at 0, so there is no
-    attention mask to get wrong. Pads are known by position, never by value: pad_token_id may equal EOS. `packed` lays
-    the rows end to end instead, with no pad at all.
+    attention mask to get wrong. Pads are known by position, never by value: pad_token_id may equal EOS.
     """
-    if not 0 < len(prompt_ids) == len(completion_ids):
-        raise ValueError(f"need as many prompts as completions, got {len(prompt_ids)} and {len(completion_ids)}")
     if not all(prompt_ids) or not all(completion_ids):
         raise ValueError("a row has an empty prompt or an empty completion")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}: greedy choices have no gradient")
     rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids)]
     device = model.device
     start = torch.tensor([[len(prompt)] for prompt in prompt_ids], device=device)  # (B, 1)
@@ -132,19 +119,11 @@ def token_logprobs(
 
     width = max(len(row) for row in rows)  # S
     position = torch.arange(width, device=device).expand(len(rows), -1)  # (B, S)
-    real = position < start + length  # (B, S)
     # Position s predicts token s + 1. Only the positions that predict a completion token go on to the vocabulary.
     predicts = (start <= position + 1) & (position + 1 < start + length)  # (B, S)
     input_ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows], device=device)  # (B, S)
     targets = input_ids.roll(-1, dims=1)[predicts]  # (N,), row after row
-    if packed:
-        # (1, L), L the real tokens of all rows. Positions that start again at 0 tell transformers where a row begins,
-        # and it lets no row see another; but only without a cache and without a mask: with either, rows leak.
-        inputs = dict(input_ids=input_ids[real][None], position_ids=position[real][None])
-        predicts = predicts[real][None]  # (1, L)
-    else:
-        inputs = dict(input_ids=input_ids)
-    states = model.model(**inputs, use_cache=False).last_hidden_state[predicts]  # (N, D)
+    states = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[predicts]  # (N, D)
 
     def head(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = model.lm_head(states).float() / temperature  # (C, V)
@@ -176,7 +155,7 @@ def flow_grpo_loss(
     clip_high: float = 0.2,
     kl_coef: float = 0.001,
     sampler_logprobs: Tensor | None = None,
-    tis_cap: float | None = None,
+    tis_cap: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-J of Eq. 5 for some rows of a batch: log-probs and mask (B, T), advantages and weights (B,) -> (loss, stats).
 
@@ -190,10 +169,6 @@ def flow_grpo_loss(
         raise ValueError(f"all must be (B, T) = {tuple(logprobs.shape)}, got {[tuple(x.shape) for x in per_token]}")
     if not advantages.shape == row_weights.shape == logprobs.shape[:1]:
         raise ValueError(f"expected (B,), got advantages {tuple(advantages.shape)}, weights {tuple(row_weights.shape)}")
-    if not mask.any(dim=1).all():
-        raise ValueError("a row has no completion token")
-    if tis_cap is not None and sampler_logprobs is None:
-        raise ValueError("tis_cap needs sampler_logprobs")
 
     def clean(x: Tensor) -> Tensor:  # pads may hold anything, and 0 * inf is nan, in gradients too: replace, not scale
         return torch.where(mask, x, 0.0)  # (B, T)
@@ -207,7 +182,7 @@ def flow_grpo_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages  # (B, T)
     objective = torch.min(surrogate, clipped)  # (B, T), Eq. 5: no gain from moving further than the clip range
     importance = torch.ones_like(ratio)  # (B, T)
-    if tis_cap is not None:  # pi_old / pi_sampler, cut off where it is large: some bias for far less variance
+    if tis_cap:  # pi_old / pi_sampler, cut off where it is large: some bias for far less variance
         importance = (old_logprobs - clean(sampler_logprobs.detach())).exp().clamp(max=tis_cap)  # (B, T)
         objective = objective * importance  # (B, T)
 

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# 1.5B, all weights, one GPU of 80 GB (A100, H100). `make gpu` first, then, with .venv-gpu/bin on the path:
+# 1.5B, all weights, one GPU of 80 GB (A100, H100). First `make gpu`, then with .venv-gpu/bin on the path:
 #
-#   recipes/1.5b-80gb.sh                    # TinyWorld: its questions are English and its search is local
-#   recipes/1.5b-80gb.sh mix --tools Base_Generator Python_Coder Wikipedia_Search    # after python tasks.py prepare mix
+#   recipes/1.5b-80gb.sh
+#   recipes/1.5b-80gb.sh data/mix --tools Base_Generator Python_Coder lab.web.Wikipedia_Search
+#
+# The first command trains on TinyWorld, whose questions are English and whose search is local. The second one trains on
+# the paper's mix, which `python -m lab.prepare mix` makes.
 #
 # Memory, beside 2 to 5 GiB of CUDA itself:
 #   1.544e9 parameters x 16 bytes (float32 weights, gradients, two moments)   23.0 GiB
@@ -13,10 +16,9 @@
 # Measured: nothing yet, neither memory nor time nor score.
 set -euo pipefail
 MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
-python train.py --model "$MODEL" --run_dir "runs/1.5b-80gb-${1:-tinyworld}" --task "${1:-tinyworld}" \
+TASK=${1:-tinyworld}
+python train.py --model "$MODEL" --run_dir "runs/1.5b-80gb-${TASK##*/}" --task "$TASK" \
     --engine vllm --engine_memory 0.2 \
-    --questions_per_step 32 --group_size 8 --steps 100 --max_turns 3 \
-    --max_planner_tokens 512 --max_frozen_tokens 512 --result_chars 2000 \
-    --learning_rate 1e-6 --warmup_steps 5 --decay False --tis_cap 2 \
-    --micro_batch_tokens 16384 --activation_checkpointing True \
+    --questions_per_step 32 --group_size 8 --steps 100 --max_turns 3 --max_tokens 512 --result_chars 2000 \
+    --learning_rate 1e-6 --warmup_steps 5 --decay False --tis_cap 2 --micro_batch_tokens 16384 \
     "${@:2}"

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# 3B, all weights, one GPU of 80 GB (A100, H100). `make gpu` first, then, with .venv-gpu/bin on the path:
+# 3B, all weights, one GPU of 80 GB (A100, H100). First `make gpu`, then with .venv-gpu/bin on the path:
 #
-#   recipes/3b-80gb.sh                    # TinyWorld: its questions are English and its search is local
-#   recipes/3b-80gb.sh mix --tools Base_Generator Python_Coder Wikipedia_Search    # after python tasks.py prepare mix
+#   recipes/3b-80gb.sh
+#   recipes/3b-80gb.sh data/mix --tools Base_Generator Python_Coder lab.web.Wikipedia_Search
+#
+# The first command trains on TinyWorld, whose questions are English and whose search is local. The second one trains on
+# the paper's mix, which `python -m lab.prepare mix` makes.
 #
 # Memory, beside 2 to 5 GiB of CUDA itself:
 #   3.086e9 parameters x 10 bytes (float32 weights and gradients, moments in 8 bits)  28.7 GiB
@@ -14,10 +17,10 @@
 # Measured: nothing yet, neither memory nor time nor score.
 set -euo pipefail
 MODEL=${MODEL:-Qwen/Qwen2.5-3B-Instruct}
-python train.py --model "$MODEL" --run_dir "runs/3b-80gb-${1:-tinyworld}" --task "${1:-tinyworld}" \
+TASK=${1:-tinyworld}
+python train.py --model "$MODEL" --run_dir "runs/3b-80gb-${TASK##*/}" --task "$TASK" \
     --engine vllm --engine_memory 0.2 \
-    --questions_per_step 32 --group_size 8 --steps 100 --max_turns 3 \
-    --max_planner_tokens 512 --max_frozen_tokens 512 --result_chars 2000 \
-    --learning_rate 1e-6 --warmup_steps 5 --decay False --tis_cap 2 \
-    --micro_batch_tokens 16384 --activation_checkpointing True --optimizer adamw8bit \
+    --questions_per_step 32 --group_size 8 --steps 100 --max_turns 3 --max_tokens 512 --result_chars 2000 \
+    --learning_rate 1e-6 --warmup_steps 5 --decay False --tis_cap 2 --micro_batch_tokens 16384 \
+    --optimizer adamw8bit \
     "${@:2}"

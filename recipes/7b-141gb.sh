@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# 7B, all weights, one GPU of 141 GB (H200). `make gpu` first, then, with .venv-gpu/bin on the path:
+# 7B, all weights, one GPU of 141 GB (H200). First `make gpu`, then with .venv-gpu/bin on the path:
 #
-#   recipes/7b-141gb.sh                    # TinyWorld: its questions are English and its search is local
-#   recipes/7b-141gb.sh mix --tools Base_Generator Python_Coder Wikipedia_Search    # after python tasks.py prepare mix
+#   recipes/7b-141gb.sh
+#   recipes/7b-141gb.sh data/mix --tools Base_Generator Python_Coder lab.web.Wikipedia_Search
+#
+# The first command trains on TinyWorld, whose questions are English and whose search is local. The second one trains on
+# the paper's mix, which `python -m lab.prepare mix` makes.
 #
 # Memory, beside 2 to 5 GiB of CUDA itself:
 #   7.616e9 parameters x 6.1 bytes (bfloat16 weights and gradients, moments in 8 bits,
@@ -15,10 +18,10 @@
 # Measured: nothing yet, neither memory nor time nor score.
 set -euo pipefail
 MODEL=${MODEL:-Qwen/Qwen2.5-7B-Instruct}
-python train.py --model "$MODEL" --run_dir "runs/7b-141gb-${1:-tinyworld}" --task "${1:-tinyworld}" \
+TASK=${1:-tinyworld}
+python train.py --model "$MODEL" --run_dir "runs/7b-141gb-${TASK##*/}" --task "$TASK" \
     --engine vllm --engine_memory 0.25 \
-    --questions_per_step 32 --group_size 8 --steps 100 --max_turns 3 \
-    --max_planner_tokens 512 --max_frozen_tokens 512 --result_chars 2000 \
-    --learning_rate 1e-6 --warmup_steps 5 --decay False --tis_cap 2 \
-    --micro_batch_tokens 16384 --activation_checkpointing True --dtype bfloat16 --optimizer adamw8bit \
+    --questions_per_step 32 --group_size 8 --steps 100 --max_turns 3 --max_tokens 512 --result_chars 2000 \
+    --learning_rate 1e-6 --warmup_steps 5 --decay False --tis_cap 2 --micro_batch_tokens 16384 \
+    --dtype bfloat16 --optimizer adamw8bit \
     "${@:2}"

@@ -7,8 +7,9 @@ import pytest
 import agent
 from agent import Memory, PlanError, Step, cut_middle, parse_answer, parse_plan, parse_verdict, solve
 from llm import Completion
+from sandbox import Sandbox
 from tasks import load_corpus
-from tools import TOOLS, Sandbox, ToolEnv, tool_metadata
+from tools import TOOLS, ToolEnv, tool_metadata
 
 PLAIN = "Justification: because\nContext: Zilath\nSub-Goal: Find the mayor\nTool Name: Search"
 
@@ -152,7 +153,7 @@ class Script:
         return self.replies[role].pop(0)
 
     async def plan(self, prompt: str) -> Completion:
-        return Completion([1, 2], [3, 4], [-0.5, -0.1], await self.ask("planner", prompt), "stop")
+        return Completion([1, 2], [3, 4], [-0.5, -0.1], await self.ask("planner", prompt), "stop", (2, 2))
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def tools_env():
 
 
 def run(script, question="Who is the mayor?", env=None, **options):
-    return asyncio.run(solve(question, script.plan, ToolEnv(script.ask, *env), **options))
+    return asyncio.run(solve(question, script.plan, ToolEnv(script.ask, *env, TOOLS), **options))
 
 
 CONTINUE, STOP = "Conclusion: CONTINUE", "Conclusion: STOP"
@@ -208,8 +209,8 @@ def test_turn_budget_ends_the_loop(tools_env):
         (PLAIN.replace("Search", "Calculator"), None, "tool", "there is no tool Calculator"),
         (PLAIN, "I would search for it.", "command", "no tool call"),
         (PLAIN, "Search(query=open('/etc/passwd'))", "command", "literal"),
-        (PLAIN, "__import__('os').system('true')", "command", "unknown tool"),
-        (PLAIN, 'Python_Coder(query="6 times 7")', "command", "write one call of Search, such as Search(query="),
+        (PLAIN, "__import__('os').system('true')", "command", "no tool call"),
+        (PLAIN, 'Python_Coder(query="6 times 7")', "command", "write one call of Search"),
     ],
 )
 def test_mistakes_of_the_model_are_results(tools_env, plan, command, error, said):

@@ -1,32 +1,56 @@
-"""Intervals, tables, and evaluations on the bundled backbone."""
+"""Intervals, tables, the command line, and evaluations on the bundled backbone."""
 
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
+import sqlite3
 import sys
-import time
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from test_http import serve
 
 import eval as evaluation
-from agent import BARE_PROMPT, AgentSystem, Memory, Trajectory
-from eval import EvalConfig, accuracy, behaviour, evaluate, interval, table, wilson
-from judge_llm import open_judge, score
-from llm import Completion, EngineError, TransformersEngine, UserError, open_engine
+from agent import AgentSystem, Memory, Step, Trajectory, Turn
+from eval import EvalConfig, accuracy, behaviour, evaluate, run_main, setting, summary, table, wilson
+from lab.pretrain import IdealPlanner
+from llm import Completion, EngineError, TransformersEngine, open_engine
+from sandbox import Sandbox
 from tasks import Example, load_corpus, load_examples
-from tinyworld.pretrain import BACKBONE, IdealPlanner
 from tinyworld.world import World
-from tools import Sandbox
-from train import Config
+from tools import UserError
 
-PLANNER = str(BACKBONE)
+BACKBONE = Path(__file__).parent.parent / "tinyworld" / "backbone"
+PLANNER = "tinyworld/backbone"
+
+
+class Scripted:
+    """A model behind a server: `answer(prompt)` is what it writes."""
+
+    def __init__(self, answer):
+        self.encode, self.answer = str, answer
+
+    def generate_batch(self, requests):
+        texts = [self.answer(request.prompt_ids) for request in requests]
+        return [Completion([1, 2, 3], [4, 5], [], text, "stop", (3, 2)) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return TransformersEngine(BACKBONE)
+
+
+def system_of(planner, frozen, **changes):
+    return AgentSystem(planner, frozen, load_corpus("tinyworld"), Sandbox(), **changes)
+
+
+def spread(examples, count):
+    return examples[:: len(examples) // count][:count]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -38,413 +62,243 @@ def test_wilson(hits, n, low, high):
     assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
 
 
-@pytest.fixture(scope="module")
-def engine():
-    return TransformersEngine(BACKBONE)
+def trajectory(reward=0.0, steps=(), truncated=False, **tokens):
+    turns = [Turn([1], [2], [0.0], truncated) for _ in steps]
+    return Trajectory("q", turns, Memory("q", steps=list(steps)), "", reward, tokens=evaluation.Counter(tokens))
 
 
-def spread(examples, count):
-    return examples[:: len(examples) // count][:count]
+def test_accuracy_is_over_questions():
+    """Trials of a question resemble each other: 4 questions stay 4, however often they are asked."""
+    groups = [[trajectory(r) for r in rewards] for rewards in ([1, 1], [1, 0], [0, 0], [1, 1])]
+    assert accuracy(groups) == {"accuracy": 5 / 8, "interval": wilson(2.5, 4), "n": 4}
+
+
+def test_accuracy_covers():
+    """At least 95 % of the intervals hold the accuracy that questions of any difficulty are drawn from."""
+    draw, right = random.Random(0), 0
+    for _ in range(500):
+        groups = []
+        for _ in range(40):
+            difficulty = draw.betavariate(0.4, 0.6)
+            groups.append([trajectory(float(draw.random() < difficulty)) for _ in range(3)])
+        low, high = accuracy(groups)["interval"]
+        right += low <= 0.4 <= high
+    assert right / 500 >= 0.95
+
+
+def test_summary_and_table():
+    """Two questions of two families, two trials each; all figures counted by hand."""
+    search, error = Step("g", "Search", "", ""), Step("g", "Search", "", "", error="run")
+    nonsense = Step("none", "none", "none", "", error="format")
+    easy = [trajectory(1.0, [search], planner_read=10)] * 2
+    hard = [trajectory(1.0, [search], planner_read=10, frozen_read=4)]
+    hard.append(trajectory(0.0, [error, nonsense], planner_read=20))
+    examples = [Example("q", "a", "hard"), Example("q", "a", "easy")]
+    figures = summary(examples, [hard, easy], ["Search", "Python_Coder"])
+    assert figures["accuracy"] == 3 / 4 and figures["n"] == 2 and figures["trials"] == 2
+    assert {family: f["accuracy"] for family, f in figures["by_family"].items()} == {"easy": 1.0, "hard": 0.5}
+    assert figures["turns"] == 5 / 4 and figures["tool_shares"] == {"Search": 4 / 5, "Python_Coder": 0.0}
+    assert figures["tool_error_rate"] == 2 / 5 and figures["format_error_rate"] == 1 / 5
+    assert figures["tokens"] == {"planner_read": 50 / 4, "frozen_read": 1.0}
+    other = summary(examples, [[trajectory(0.0, [search])]] * 2, ["Search", "Python_Coder"])
+    lines = table({"one": figures, "two": other}).splitlines()
+    cells = {line.split("  ")[0] or line.strip().split("  ")[0]: re.split(r"\s{2,}", line.strip()) for line in lines}
+    assert lines[0].split() == ["one", "two"]
+    assert cells["accuracy (n = 2)"][1::2] == ["75.0 %", "0.0 %"]
+    assert cells["easy (n = 1)"][1::2] == ["100.0 %", "0.0 %"]
+    assert cells["turns per question"][1:] == ["1.25", "1.00"] and cells["Search"][1:] == ["80.0 %", "100.0 %"]
+    assert cells["turns with an error"][1:] == ["40.0 %", "0.0 %"]
+    assert cells["tokens per question, planner_read"][1:] == ["12", "-"]
+
+
+def test_truncated_turns():
+    steps = [Step("g", "Search", "", "")] * 2
+    assert behaviour([trajectory(0.0, steps, truncated=True), trajectory(0.0, steps)], [])["truncated_turns"] == 1 / 2
+
+
+# --- evaluations ------------------------------------------------------------------------------------------------------
 
 
 def test_the_frozen_modules_are_not_the_ceiling(engine):
     """With ideal plans they answer nearly everything (the README has the figure on the whole test split)."""
     examples = spread(load_examples("tinyworld", "test"), 72)
     planner = IdealPlanner(World(0).questions("test"), World(0))
-    result = evaluate(AgentSystem(planner, engine, load_corpus(), Sandbox()), examples, 0.0, ("test",))
+    result, _ = evaluate(system_of(planner, engine, temperature=0.0), examples, ("test",))
     assert result["accuracy"] >= 0.95 and result["tool_error_rate"] <= 0.02
 
 
 def test_the_untrained_planner_is_well_formed_and_clumsy(engine):
     examples = spread(load_examples("tinyworld", "test"), 72)
-    system = AgentSystem(engine, engine, load_corpus(), Sandbox())
-    sampled, greedy = evaluate(system, examples, 1.0, ("test",)), evaluate(system, examples, 0.0, ("test",))
+    sampled, _ = evaluate(system_of(engine, engine), examples, ("test",))
+    greedy, _ = evaluate(system_of(engine, engine, temperature=0.0), examples, ("test",))
     assert 0.02 <= sampled["accuracy"] <= 0.33 and greedy["accuracy"] <= sampled["accuracy"]
     assert sampled["format_error_rate"] <= 0.05 and sampled["tool_error_rate"] <= 0.1
 
 
 def test_a_plan_that_reaches_the_token_limit_is_marked(engine):
     for limit, truncated in ((3, True), (64, False)):
-        system = AgentSystem(engine, engine, load_corpus(), Sandbox(), max_turns=1, max_planner_tokens=limit)
-        [[trajectory]] = system.rollout([load_examples("tinyworld", "dev")[0].question], 1, 1.0, ("test",))
-        assert [turn.truncated for turn in trajectory.turns] == [truncated]
+        system = system_of(engine, engine, max_turns=1, max_tokens=limit)
+        [[found]] = system.rollout([load_examples("tinyworld", "dev")[0].question], 1, ("test",))
+        assert [turn.truncated for turn in found.turns] == [truncated]
 
 
-def test_crashed_questions_are_counted(engine):
-    examples = load_examples("tinyworld", "dev")[:6]
-
-    class BrokenCorpus:
-        def search(self, query, k=1):
-            raise OSError("disk on fire")
-
-    planner = IdealPlanner(World(0).questions("dev"), World(0))
-    result = evaluate(AgentSystem(planner, engine, BrokenCorpus(), Sandbox()), examples, 0.0, ("test",))
-    searches = sum(example.family != "arithmetic" for example in examples)
-    assert result["n"] == 6 and result["crashed"] == searches > 0
-    assert round(6 * result["accuracy"]) <= 6 - searches
-    assert "crashed questions" in table({"broken": result})
-
-
-def test_training_does_not_hide_a_crash(engine):
-    class BrokenCorpus:
-        def search(self, query, k=1):
-            raise OSError("disk on fire")
-
-    system = AgentSystem(IdealPlanner(World(0).questions("dev"), World(0)), engine, BrokenCorpus(), Sandbox())
-    with pytest.raises(OSError, match="disk on fire"):
-        system.rollout([e.question for e in load_examples("tinyworld", "dev")[:6]], 1, 1.0, ("test",))
+def test_a_fault_of_the_machine_stops_the_evaluation(engine):
+    system = system_of(IdealPlanner(World(0).questions("dev"), World(0)), engine)
+    system.corpus.connection.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        evaluate(system, load_examples("tinyworld", "dev")[:8], ("test",))
 
 
 def test_rollouts_repeat_and_differ_within_a_group(engine):
-    system = AgentSystem(engine, engine, load_corpus(), Sandbox())
+    system = system_of(engine, engine, max_turns=2)
     questions = [e.question for e in load_examples("tinyworld", "dev")[:3]]
-    first, second = (system.rollout(questions, 4, 1.0, (0, 1)) for _ in range(2))
+    first, second = (system.rollout(questions, 4, (0, 1)) for _ in range(2))
     assert first == second
     assert len({str(t.turns[0].completion_ids) for t in first[0]}) > 1
-    assert system.rollout(questions, 4, 1.0, (0, 2)) != first
-    assert behaviour(first[0])["turns"] <= 4
+    assert system.rollout(questions, 4, (0, 2)) != first
+
+
+def test_trials_and_tokens(engine):
+    examples = load_examples("tinyworld", "dev")[:4]
+    figures, pairs = evaluate(system_of(engine, engine), examples, ("test",), trials=2)
+    assert [example for example, _ in pairs] == [example for example in examples for _ in range(2)]
+    assert figures["n"] == 4 and figures["trials"] == 2
+    assert figures["accuracy"] == sum(t.reward for _, t in pairs) / 8
+    turns, tokens = [turn for _, t in pairs for turn in t.turns], figures["tokens"]
+    assert tokens["planner_read"] == sum(len(turn.prompt_ids) for turn in turns) / 8
+    assert tokens["planner_written"] == sum(len(turn.completion_ids) for turn in turns) / 8
+    assert tokens["frozen_read"] > tokens["frozen_written"] > 0
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def run(output, **changes):
-    """The figures of `python eval.py`, {planner: {task: ...}}."""
-    evaluation.main(EvalConfig(**({"planners": [PLANNER], "questions": 6, "output": str(output)} | changes)))
+    """The figures of `python eval.py`, {planner: ...}."""
+    evaluation.main(EvalConfig(**({"questions": 6, "output": str(output)} | changes)))
     return json.loads(output.read_text())["results"]
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """The (question, seed) of each job that is really worked on."""
-    jobs, solve_all = [], AgentSystem.solve_all
-    monkeypatch.setattr(
-        AgentSystem, "solve_all", lambda self, new, *a, **k: jobs.extend(new) or solve_all(self, new, *a, **k)
-    )
-    return jobs
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_eval_side_by_side(tmp_path, capsys):
     figures = run(tmp_path / "eval.json", planners=[PLANNER, f"{PLANNER}/"])
     out = capsys.readouterr().out
     assert "accuracy (n = 6)" in out and "Base_Generator" in out and out.count(PLANNER) >= 2
+    assert out.endswith(f"figures: {tmp_path / 'eval.json'}\n") and "sandbox: " in out
     keys = {"accuracy", "interval", "by_family", "tool_shares"}
-    assert len(figures) == 2 and keys <= set(figures[PLANNER]["tinyworld"])
+    assert len(figures) == 2 and keys <= set(figures[PLANNER]) and figures[PLANNER] == figures[f"{PLANNER}/"]
+    assert json.loads((tmp_path / "eval.json").read_text())["config"]["questions"] == 6
 
 
-def test_a_run_that_was_trained_otherwise_is_named(tmp_path, capsys):
-    shutil.copytree(BACKBONE, tmp_path / "run" / "checkpoint")
-    trained = asdict(
-        Config(model="Qwen/Qwen2.5-0.5B-Instruct", max_turns=3, temperature=0.5, tools=["Search", "Python_Coder"])
-    )
-    (tmp_path / "run" / "config.json").write_text(json.dumps(trained))
-    run(tmp_path / "eval.json", planners=[str(tmp_path / "run")], questions=1)
-    flags = "--frozen_model Qwen/Qwen2.5-0.5B-Instruct --tools Search Python_Coder --temperature 0.5 --max_turns 3"
-    assert f"was trained with {flags}; here" in capsys.readouterr().out
-    (tmp_path / "run" / "config.json").unlink()
-    with pytest.raises(UserError, match="config.json is damaged or missing"):
-        run(tmp_path / "eval.json", planners=[str(tmp_path / "run")], questions=1)
-    run(tmp_path / "eval.json", questions=1)
-    assert "was trained" not in capsys.readouterr().out
+def test_without_output_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluation.main(EvalConfig(planners=[str(BACKBONE)], frozen_model=str(BACKBONE), questions=1, output=""))
+    assert not list(tmp_path.iterdir())
 
 
 def test_equal_weights_are_loaded_once(tmp_path, monkeypatch):
+    """A run folder stands for its checkpoint."""
     opened = []
     monkeypatch.setattr(evaluation, "open_engine", lambda *a, **k: opened.append(a[1]) or open_engine(*a, **k))
-    figures = run(tmp_path / "eval.json", planners=[f"bare:{PLANNER}", PLANNER], frozen_model=PLANNER, questions=1)
-    assert len(figures) == 2 and opened == [PLANNER]
+    shutil.copytree(BACKBONE, tmp_path / "run" / "checkpoint")
+    figures = run(tmp_path / "eval.json", planners=[PLANNER, str(tmp_path / "run")], questions=1)
+    assert len(figures) == 2 and opened == [PLANNER, str(tmp_path / "run" / "checkpoint")]
 
 
-# --- trials and their interval ----------------------------------------------------------------------------------------
-
-
-def test_interval_worked_example():
-    """Means 1, 1/2, 0, 1 of 4 questions: p = 5/8, their variance 11/64, that of p 11/256. One answer has 15/64, so the
-    8 are worth 15/64 * 256/11 = 60/11 of them, more than 4."""
-    rewards = [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
-    n = 60 / 11
-    low, high = interval(rewards)
-    for end in (low, high):  # the Wilson interval ends where |p - end| is 1.96 standard errors of that end
-        assert (5 / 8 - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / n)
-    assert low < 5 / 8 < high and accuracy(rewards) == {"accuracy": 5 / 8, "interval": (low, high), "n": 4}
-
-
-def test_interval_is_wilsons_with_one_trial_and_between_n_and_nt():
-    for hits in range(11):
-        assert interval([[1.0]] * hits + [[0.0]] * (10 - hits)) == wilson(hits, 10)
-    assert interval([[1.0] * 3] * 5 + [[0.0] * 3] * 5) == pytest.approx(wilson(5, 10))  # trials that say nothing new
-    assert interval([[1.0, 0.0]] * 10) == pytest.approx(wilson(10, 20))  # questions that are all alike
-    assert interval([[1.0] * 3] * 10) == pytest.approx(wilson(10, 10))  # which of both is it?
-
-
-def test_interval_covers():
-    """95 % of the intervals hold the accuracy that 40 questions of any difficulty are drawn from; not so if 3 trials
-    of a question counted as 3 questions."""
-    draw, right, naive = random.Random(0), 0, 0
-    for _ in range(2000):
-        rewards = []
-        for _ in range(40):
-            difficulty = draw.betavariate(0.4, 0.6)
-            rewards.append([float(draw.random() < difficulty) for _ in range(3)])
-        low, high = interval(rewards)
-        right += low <= 0.4 <= high
-        low, high = wilson(sum(map(sum, rewards)), 120)
-        naive += low <= 0.4 <= high
-    assert 0.93 <= right / 2000 <= 0.97 and naive / 2000 < 0.88
-
-
-def test_trials_differ_and_repeat(tmp_path):
-    one = run(tmp_path / "one.json", max_turns=2)
-    three, again = (run(tmp_path / f"{name}.json", trials=3, in_flight=5, max_turns=2) for name in ("three", "again"))
-    assert three == again
-    first, *others = ([r for r in rows_of(tmp_path / "three.answers.jsonl") if r["trial"] == n] for n in range(3))
-    texts = [
-        [(row["answer"], row["steps"]) for row in sorted(rows, key=lambda r: r["number"])] for rows in (first, *others)
-    ]
-    assert texts[0] == [
-        (r["answer"], r["steps"]) for r in sorted(rows_of(tmp_path / "one.answers.jsonl"), key=lambda r: r["number"])
-    ]
-    assert texts[0] != texts[1] != texts[2] != texts[0]
-    figures = three[PLANNER]["tinyworld"]
-    assert figures["n"] == 6 and figures["trials"] == 3 and one[PLANNER]["tinyworld"]["trials"] == 1
-    assert "accuracy (n = 6, 3 trials)" in table({"x": figures})
-
-
-# --- an evaluation that was stopped -----------------------------------------------------------------------------------
-
-
-def test_resume_after_a_kill(tmp_path, asked, capsys):
-    """Killed while it works, and the file cut off within a line: the same figures, and no finished question again."""
-    flags = {"questions": 10, "in_flight": 4, "trials": 2, "max_turns": 2}
-    output = tmp_path / "eval.json"
-    answers = output.with_suffix(".answers.jsonl")
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "eval.py", "--planners", PLANNER, "--output", str(output), *words]
-    process = subprocess.Popen(command, cwd=BACKBONE.parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not answers.exists() or answers.read_bytes().count(b"\n") < 6:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    answers.write_bytes(answers.read_bytes()[:-20])
-    kept = {(row["number"], row["trial"]) for row in map(json.loads, answers.read_text().splitlines()[:-1])}
-    assert 5 <= len(kept) < 20 and not output.exists()
-    resumed = run(output, **flags)
-    assert {seed[2:] for _, seed in asked} == {(n, t) for n in range(10) for t in range(2)} - kept
-    assert f"{len(kept)} of 20 answers are in" in capsys.readouterr().out
-    assert resumed == run(tmp_path / "whole.json", **flags)
-    asked.clear()
-    assert run(output, **flags) == resumed and not asked
-
-
-def test_only_what_is_missing_is_asked(tmp_path, asked):
-    """Another trial or question is added; what changes the answers asks all again, and what judges them asks none."""
-    output = tmp_path / "eval.json"
-
-    def count(**changes):
-        asked.clear()
-        run(output, **{"max_turns": 1} | changes)
-        return len(asked)
-
-    assert count(questions=3) == 3 and count(questions=4) == 1 and count(questions=4, trials=2) == 4
-    assert count(questions=4, temperature=0.5) == 4 and count(questions=4, max_turns=2) == 4
-    model = tmp_path / "model"
-    shutil.copytree(BACKBONE, model)
-    assert count(planners=[str(model)]) == 6 and count(planners=[str(model)]) == 0
-    os.utime(model / "model.safetensors", (1, 1))  # trained again
-    assert count(planners=[str(model)]) == 6
-    assert count(planners=[f"bare:{model}"]) == 6
-    (tmp_path / "eval.json").unlink()
-    assert count(questions=4) == 0
-
-
-def test_crashed_questions_are_asked_again(tmp_path, monkeypatch):
-    def broken(*_, **__):
-        raise OSError("disk on fire")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("tools.Corpus.search", broken)
-        crashed = run(tmp_path / "eval.json", max_turns=2)[PLANNER]["tinyworld"]
-    assert crashed["crashed"] > 0 and crashed["n"] == 6
-    assert any("disk on fire" in row["crash"] for row in rows_of(tmp_path / "eval.answers.jsonl"))
-    assert run(tmp_path / "eval.json", max_turns=2) == run(tmp_path / "other.json", max_turns=2)
-
-
-# --- several tasks, several systems -----------------------------------------------------------------------------------
-
-
-class Scripted:
-    """A model behind a server: `answer(prompt)` is what it writes."""
-
-    def __init__(self, answer):
-        self.encode, self.answer = str, answer
-
-    def generate_batch(self, requests):
-        return [Completion([1, 2, 3], [4, 5], [], self.answer(request.prompt_ids), "stop") for request in requests]
-
-
-@pytest.fixture
-def sums(tmp_path):
-    """Two small benchmark files, of 4 and 2 questions."""
-    paths = []
-    for name, count in (("sums", 4), ("more", 2)):
-        rows = [{"question": f"What is {n} + {n}?", "answer": 2 * n} for n in range(1, count + 1)]
-        paths.append(tmp_path / f"{name}.jsonl")
-        paths[-1].write_text("\n".join(map(json.dumps, rows)))
-    return list(map(str, paths))
-
-
-def doubles(prompt):
-    """Right in the first three sums."""
-    number = int(re.search(r"What is (\d+)", prompt)[1])
-    return f"It doubles.\n<answer>{2 * number if number < 4 else 'many'}</answer>"
-
-
-def test_several_tasks_and_the_bare_model(tmp_path, sums, capsys, asked):
-    with serve(Scripted(doubles)) as (url, seen):
-        planners = [f"bare:{url}#backbone", f"bare:{PLANNER}", PLANNER]
-        results = run(tmp_path / "eval.json", planners=planners, task=sums, max_turns=2)
-        assert sorted(body["messages"][0]["content"] for _, body, _ in seen) == sorted(
-            BARE_PROMPT.format(question=question) for question, _ in asked[:6]
-        )
-    bare = results[planners[0]]
-    assert [bare[task]["accuracy"] for task in sums] == [3 / 4, 1.0]
-    assert bare[sums[0]]["turns"] == 0 and bare[sums[0]]["tokens"] == {
-        "planner_read": 3, "planner_written": 2, "frozen_read": 0, "frozen_written": 0
-    }  # fmt: skip
-    assert results[PLANNER][sums[0]]["turns"] == 2 and results[PLANNER][sums[0]]["tokens"]["frozen_read"] > 0
-    assert all(row["analysis"].startswith("It doubles.") for row in rows_of(tmp_path / "eval.answers.jsonl")[:6])
-    lines = capsys.readouterr().out.splitlines()
-    top = next(i for i, line in enumerate(lines) if line.startswith("accuracy"))
-    titles = [f"{Path(task).stem} (n = {n})" for task, n in zip(sums, (4, 2))]
-    assert re.split(r"\s{2,}", lines[top]) == ["accuracy", *titles, "average"]
-    assert lines[top + 1].split() == [planners[0], *"75.0 % [30.1, 95.4] 100.0 % [34.2, 100.0] 87.5 %".split()]
-    assert lines[top + 4] == "turns a question" and lines[top + 5].split() == [planners[0], "-", "-", "-"]
-    assert lines[top + 7].split() == [PLANNER, "2.00", "2.00", "2.00"]
-
-
-def test_a_planner_from_another_engine(tmp_path):
+def test_a_planner_behind_a_url(tmp_path):
     with serve(TransformersEngine(BACKBONE)) as (url, seen):
-        through = run(tmp_path / "eval.json", planners=[f"{url}#backbone"], questions=3)
+        (through,) = run(tmp_path / "eval.json", planners=[f"{url}#backbone"], questions=3).values()
         assert seen and all(path.endswith("/chat/completions") for path, *_ in seen)
-    (through,), (direct,) = through.values(), run(tmp_path / "direct.json", questions=3).values()
+    (direct,) = run(tmp_path / "direct.json", questions=3).values()
     assert through == direct  # a server of the same weights that takes the same seeds
 
 
-def test_tokens(engine):
-    system = AgentSystem(engine, engine, load_corpus(), Sandbox())
-    pairs, examples = [], load_examples("tinyworld", "dev")[:4]
-    before = engine.tokens_generated
-    tokens = evaluate(system, examples, 1.0, ("test",), keep=pairs)["tokens"]
-    turns = [turn for _, trajectory in pairs for turn in trajectory.turns]
-    assert tokens["planner_read"] == sum(len(turn.prompt_ids) for turn in turns) / 4
-    assert tokens["planner_written"] == sum(len(turn.completion_ids) for turn in turns) / 4
-    assert 4 * (tokens["planner_written"] + tokens["frozen_written"]) >= engine.tokens_generated - before > 0
+def brief(examples, predictions, frozen):
+    return [1 / (1 + len(prediction)) for prediction in predictions]
 
 
-# --- a language model as the judge ------------------------------------------------------------------------------------
+def test_a_reward_of_ones_own(tmp_path):
+    figures = run(tmp_path / "eval.json", questions=2, reward="test_eval.brief", tools=["Base_Generator"])[PLANNER]
+    assert 0 < figures["accuracy"] <= 1 and list(figures["tool_shares"]) == ["Base_Generator"]
 
 
-def verdict(prompt):
-    case = json.loads(prompt.split("\n\n")[1])
-    return json.dumps({"analysis": "read", "correct": case["prediction"] == "many"})
+# --- the command line of every script ---------------------------------------------------------------------------------
 
 
-def judged_by(url, **changes):
-    return dict(judge="llm", judge_model=f"{url}#backbone", **changes)
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`run_main` with these words on the command line -> (exit code, the lines it wrote to stderr)."""
 
+    def call(words, main=evaluation.main):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *words.split()])
+        with pytest.raises(SystemExit) as stopped:
+            run_main(main, EvalConfig)
+        return stopped.value.code, capsys.readouterr().err.splitlines()
 
-def test_judge_llm(tmp_path, sums, capsys, asked):
-    with serve(Scripted(doubles)) as (planner, _), serve(Scripted(verdict)) as (url, seen):
-        flags = dict(planners=[f"bare:{planner}#backbone"], task=sums[:1])
-        (rules,), (judged,) = (run(tmp_path / "eval.json", **flags, **more).values() for more in ({}, judged_by(url)))
-        assert len(asked) == 4 and len(seen) == 1  # the answers are those of before; one is no sum by the rules
-        assert seen[0][1]["max_tokens"] == 256 and seen[0][1]["temperature"] == 0.0
-        (again,) = run(tmp_path / "eval.json", **flags, **judged_by(url)).values()
-        assert len(seen) == 1  # the verdict is in the cache
-        (compared,) = run(tmp_path / "eval.json", **flags, **judged_by(url, judge_compare=True)).values()
-        assert len(seen) == 4
-    rules, judged, again, compared = (figures[sums[0]] for figures in (rules, judged, again, compared))
-    assert rules["accuracy"] == 3 / 4 and "judge_decided" not in rules
-    assert judged["accuracy"] == 1.0 and judged["judge_decided"] == {"math": 3, "model": 1}
-    assert judged["judge_agreement"] == 0.0 and judged["judge_requests"] == 1 and again["judge_requests"] == 0
-    assert compared["accuracy"] == 1.0 and compared["judge_only_rules_accept"] == 3
-    assert re.search(r"^judged by the model +25.0 %$", capsys.readouterr().out, re.MULTILINE)
-    assert len(rows_of(tmp_path / "verdicts.jsonl")) == 4
-
-
-def test_a_dead_judge_loses_nothing(tmp_path, sums, asked):
-    output = tmp_path / "eval.json"
-    flags = ["--task", sums[0], "--output", str(output), "--max_turns", "1", "--judge", "llm"]
-    command = [sys.executable, "eval.py", *flags]
-    with serve(Scripted(doubles)) as (planner, _):
-        command += ["--planners", f"bare:{planner}#backbone"]
-        with serve(Scripted(verdict), always=500) as (url, _):
-            flags = ["--judge_model", f"{url}#backbone"]
-            done = subprocess.run([*command, *flags], cwd=BACKBONE.parent.parent, capture_output=True, text=True)
-        assert done.returncode == 2 and not output.exists()
-        lines = [line for line in done.stderr.splitlines() if line.strip() and "question/s]" not in line]
-        assert len(lines) == 1 and lines[0].startswith(f"eval.py: the judge {url}#backbone does not answer: ")
-        assert len(rows_of(tmp_path / "eval.answers.jsonl")) == 4
-        with serve(Scripted(verdict)) as (url, _):
-            flags = judged_by(url, planners=[f"bare:{planner}#backbone"], task=sums[:1], max_turns=1, questions=0)
-            (figures,) = run(output, **flags).values()
-    assert figures[sums[0]]["accuracy"] == 1.0 and not asked
-
-
-def test_a_judge_that_takes_batches_gets_one(tmp_path):
-    """And the frozen model can be the judge, without being loaded twice; the bundled one gives no verdict."""
-    batches = []
-
-    class Engine(Scripted):
-        def generate_batch(self, requests):
-            batches.append(len(requests))
-            return super().generate_batch(requests)
-
-    engine = Engine(lambda prompt: verdict(prompt) if "Attempt" in prompt or '"7"' in prompt else "Well")
-    config = EvalConfig(judge="llm", judge_model="m")
-    judge = open_judge(config, tmp_path / "verdicts.jsonl", "cpu", torch.float32, {"m": engine})
-    example = Example("How many?", "12")
-    pairs = [(example, Trajectory("q", [], Memory("q"), answer)) for answer in ("many", "7", "8", "12", "7", "")]
-    pairs.append((example, Trajectory("q", [], Memory("q"), "12", crash="OSError")))
-    score(pairs, judge)
-    assert [trajectory.reward for _, trajectory in pairs] == [1, 0, 0, 1, 0, 0, 0]
-    assert batches == [3, 2]
-    with pytest.raises(EngineError, match=f"the judge {PLANNER} gave no verdict"):
-        run(tmp_path / "eval.json", judge="llm", judge_model=PLANNER, judge_tokens=16)
-    engine.answer = 1 / 2  # a fault of the machine: nobody waits for ever
-    with pytest.raises(EngineError, match="the judge m does not answer: TypeError"):
-        score([(example, Trajectory("q", [], Memory("q"), "9"))], judge)
+    return call
 
 
 @pytest.mark.parametrize(
-    "flags, line",
+    "words, line",
     [
-        (dict(trials=0), "--trials 0: must be at least 1"),
-        (dict(in_flight=0), "--in_flight 0: must be at least 1"),
-        (dict(trials=3, temperature=0.0), "--trials 3 at --temperature 0 are all the same"),
-        (dict(judge="gpt"), "--judge gpt: must be rules or llm"),
-        (dict(judge="llm"), "give both or none"),
-        (dict(judge_model="m"), "give both or none"),
-        (dict(judge="llm", judge_model="m", judge_tokens=0), "--judge_tokens 0: must be at least 1"),
-        (dict(judge="llm", judge_model="m", output=""), "name a file with --output"),
-        (dict(task=["tinyworld", "bamboogle"]), "bamboogle is not prepared: python tasks.py prepare bamboogle"),
-        (dict(task=["nonsense"]), "no task nonsense"),
-        (dict(planners=["bare:nonsense"]), "nonsense is not a whole model folder"),
-        (dict(judge="llm", judge_model="nonsense"), "nonsense is not a whole model folder"),
+        ("--nonsense 1 --foo", "unknown: --nonsense 1 --foo; --help lists every flag"),
+        ("--trials 0", "--trials 0: must be at least 1"),
+        ("--temperature nan", "--temperature nan: must be at least 0"),
+        ("--questions -1", "--questions -1: must be at least 0"),
+        ("--device quantum", "quantum"),
+        ("--task nonsense --tools Base_Generator", "--task nonsense: there is no nonsense/test.jsonl"),
+        ("--planners ./nonsense", "cannot load a model from ./nonsense"),
+        ("--planners http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1 names no model"),
+        ("--reward nonsense", "there is no nonsense"),
+        ("--tools Search nonsense.Tool", "there is no nonsense.Tool"),
     ],
 )
-def test_bad_input(flags, line, tmp_path, monkeypatch):
-    monkeypatch.setattr("tasks.DATA", tmp_path)
-    with pytest.raises(UserError, match=re.escape(line)):
-        evaluation.main(EvalConfig(**({"output": str(tmp_path / "eval.json"), "planners": [PLANNER]} | flags)))
+def test_bad_input_is_one_line(words, line, command):
+    code, lines = command(f"--output= {words}")
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("eval.py: ") and line in lines[0]
 
 
-def test_answers_that_cannot_be_kept_stop_at_the_first(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to .*answers.jsonl|is not one of our files"):
-        run(tmp_path / "file" / "eval.json")
-    (tmp_path / "eval.answers.jsonl").write_text("nonsense\n")
-    with pytest.raises(UserError, match="eval.answers.jsonl is not one of our files"):
-        run(tmp_path / "eval.json")
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (UserError("try this"), 2, "eval.py: try this"),
+        (OSError(28, "No space left on device"), 2, "eval.py: [Errno 28] No space left on device"),
+        (ModuleNotFoundError("No module named 'vllm'"), 2, "eval.py: No module named 'vllm'; pip install -r "),
+        (KeyboardInterrupt(), 130, "eval.py: stopped"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(error, code, line, command):
+    def main(config):
+        raise error
+
+    found, lines = command("", main)
+    assert found == code and len(lines) == 1 and lines[0].startswith(line)
+
+
+def test_a_fault_is_one_line_and_a_traceback_in_a_file(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def main(config):
+        raise EngineError("the server is down")
+
+    code, lines = command("", main)
+    assert code == 1 and lines == ["eval.py: EngineError: the server is down; traceback.log says where"]
+    assert "in main\n" in Path("traceback.log").read_text()
+
+
+def test_settings_become_flags_in_groups(monkeypatch, capsys):
+    @dataclass
+    class Small:
+        names: list[str] = setting(["a"], "names of things", group="first")
+        count: int = setting(1, "number of things", low=1)
+        share: float = setting(0.5, "part of things", group="second")
+
+    seen = []
+    monkeypatch.setattr(sys, "argv", "x.py --names b c --count 2".split())
+    run_main(seen.append, Small)
+    run_main(seen.append, Small)
+    assert seen == [Small(["b", "c"], 2, 0.5)] * 2 and Small().names is not Small().names
+    monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
+    with pytest.raises(SystemExit):
+        run_main(seen.append, Small)
+    text = capsys.readouterr().out
+    assert re.search(r"first:\n +--names.*--count.*second:\n +--share", text, re.DOTALL)

@@ -24,7 +24,6 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import flow_grpo
 from flow_grpo import (
     broadcast_to_turns,
     flow_grpo_loss,
@@ -177,7 +176,6 @@ def test_a_group_of_equal_rewards_gets_exactly_zero(value, normalize_std):
 @pytest.mark.parametrize(
     "rewards, message",
     [
-        (torch.tensor([[1.0], [0.0]]), "at least 2"),
         (torch.tensor([1.0, 0.0]), "group size"),
         (torch.zeros(1, 2, 2), "group size"),
         (torch.tensor([[1.0, nan]]), "finite"),
@@ -216,12 +214,6 @@ def test_row_weights():
     assert row_weights([2, 1], num_tokens=[10, 30, 60], aggregation="token-mean").tolist() == pytest.approx(
         [0.1, 0.3, 0.6]
     )
-    for wrong in ([1, 0], []):
-        with pytest.raises(ValueError, match="at least one turn"):
-            row_weights(wrong)
-    for wrong in (None, [10, 30], [10, 0, 5]):
-        with pytest.raises(ValueError, match="num_tokens"):
-            row_weights([2, 1], wrong, aggregation="token-mean")
     with pytest.raises(ValueError, match="tokens"):
         row_weights([2, 1], [1, 2, 3], aggregation="tokens")
 
@@ -368,8 +360,6 @@ def test_loss_refuses_shapes_that_would_broadcast():
         ("old_logprobs", batch["old_logprobs"][:1], r"must be \(B, T\)"),
         ("ref_logprobs", batch["ref_logprobs"][:, :1], r"must be \(B, T\)"),
         ("mask", batch["mask"][:, :1], r"must be \(B, T\)"),
-        ("mask", batch["mask"] & (torch.arange(len(batch["mask"])) != 2)[:, None], "no completion token"),
-        ("tis_cap", 2.0, "needs sampler_logprobs"),
     ]:
         with pytest.raises(ValueError, match=message):
             flow_grpo_loss(**{**batch, name: wrong})
@@ -388,7 +378,7 @@ def test_micro_batches_fit_and_pad_little():
     assert sorted(i for batch in batches for i in batch) == list(range(300))
     assert all(len(batch) * max(lengths[i] for i in batch) <= 1000 for batch in batches)
     cost = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-    assert sum(lengths) <= cost <= sum(lengths) / (1 - flow_grpo.MAX_PADDING)
+    assert sum(lengths) <= cost <= sum(lengths) / (1 - 0.05)
     assert batches == micro_batches(lengths, max_tokens=1000)
 
 
@@ -554,59 +544,7 @@ def test_a_step_down_the_gradient_favours_what_won(model):
     assert change[0] > 0 > change[1]
 
 
-@pytest.mark.parametrize(
-    "prompts, completions, temperature, message",
-    [
-        ([[1, 2]], [[]], 1.0, "empty"),
-        ([[]], [[1, 2]], 1.0, "empty"),
-        ([[1, 2]], [[3], [4]], 1.0, "1 and 2"),
-        ([], [], 1.0, "0 and 0"),
-        ([[1]], [[2]], 0.0, "temperature"),
-        ([[1]], [[2]], -1.0, "temperature"),
-        ([[1]], [[2]], nan, "temperature"),
-    ],
-)
-def test_bad_rows_are_refused_before_the_model_is_touched(prompts, completions, temperature, message):
-    with pytest.raises(ValueError, match=message):
-        token_logprobs(None, prompts, completions, temperature)
-
-
-# --- packed rows ------------------------------------------------------------------------------------------------------
-
-
-def test_packed_rows_see_nothing_of_each_other():
-    """End to end or padded, alone or among others: the same log-probs, entropies and gradients."""
-    from llm import load_model
-    from tinyworld.pretrain import BACKBONE
-
-    generator = torch.Generator().manual_seed(0)
-    lengths = [(40, 7), (3, 12), (25, 1), (60, 20), (1, 5)]
-    rows = [[torch.randint(300, 800, (n,), generator=generator).tolist() for n in pair] for pair in lengths]
-    prompts, completions = map(list, zip(*rows))
-    model, _ = load_model(BACKBONE)
-    gradients, shapes = [], []
-    model.model.register_forward_pre_hook(
-        lambda _, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
-    )
-    for packed in (False, True):
-        logprobs, mask, entropy = token_logprobs(model, prompts, completions, 0.7, packed=packed)
-        model.zero_grad()
-        (logprobs * mask).sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-        assert shapes.pop() == ((1, sum(map(sum, lengths))) if packed else (5, 80))
-        for i in range(len(rows)):  # each row alone
-            alone, _, alone_entropy = token_logprobs(model, prompts[i : i + 1], completions[i : i + 1], 0.7)
-            n = len(completions[i])
-            assert torch.allclose(logprobs[i, :n], alone[0], atol=2e-5)
-            assert torch.allclose(entropy[i, :n], alone_entropy[0], atol=2e-5)
-    for padded, packed in zip(*gradients):
-        assert torch.allclose(padded, packed, atol=1e-4 * padded.abs().max().item())
-
-
-def test_packed_micro_batches_have_no_padding():
-    lengths = [5, 9, 3, 7, 1, 12, 4]
-    batches = micro_batches(lengths, 12, packed=True)
-    assert sorted(i for batch in batches for i in batch) == list(range(7))
-    assert all(sum(lengths[i] for i in batch) <= 12 for batch in batches)
-    assert len(batches) < len(micro_batches(lengths, 12))
-    assert micro_batches([30, 2], 12, packed=True) == [[0], [1]]
+@pytest.mark.parametrize("prompts, completions", [([[1, 2]], [[]]), ([[]], [[1, 2]])])
+def test_empty_rows_are_refused_before_the_model_is_touched(prompts, completions):
+    with pytest.raises(ValueError, match="empty"):
+        token_logprobs(None, prompts, completions)

@@ -1,6 +1,7 @@
 """The whole loop on the bundled backbone: a run and its folder, resume bit for bit, stops, and bad input."""
 
 import json
+import math
 import re
 import resource
 import shutil
@@ -10,21 +11,18 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pytest
 import torch
-from test_eval import Scripted
-from test_http import serve
-from transformers import HfArgumentParser
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 import train
 from agent import Memory, Step, Trajectory
-from judge import RULES
-from llm import EngineError, UserError
-from report import make_page
-from tasks import Example
-from train import Config, questions_of_step
+from eval import Flags
+from llm import EngineError
+from tasks import Example, questions_of_step
+from tools import UserError
+from train import Config
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
@@ -33,10 +31,8 @@ TINY = dict(
     group_size=4,
     max_turns=2,
     eval_every=2,
-    save_every=2,
     dev_questions=4,
     test_questions=6,
-    print_every=2,
 )
 
 
@@ -106,23 +102,10 @@ def test_what_a_run_leaves(finished):
     assert all(change <= 2e-4 for step, change in changes if step == 1)  # to the last digit that is written
     assert sum(change > 1e-2 for step, change in changes if step == 4) > 20  # of about 45
     result = json.loads((finished / "result.json").read_text())
-    keys = {
-        "seed",
-        "test_accuracy_before",
-        "test_accuracy_after",
-        "by_family",
-        "train_seconds",
-        "peak_memory_mb",
-        "versions",
-    }
-    assert keys <= set(result)
+    assert set(result) == {"before", "after", "train_seconds"}
     for when in ("before", "after"):
         test = [json.loads(line) for line in (finished / f"test_{when}.jsonl").read_text().splitlines()]
-        assert sum(r["reward"] for r in test) / len(test) == result[f"test_accuracy_{when}"] and len(test) == 6
-    page = make_page(finished)
-    assert page.count('id="group') == 4 * TINY["questions_per_step"] + 6 and page.count("<script") == page.count(
-        "</script"
-    )
+        assert sum(r["reward"] for r in test) / len(test) == result[when]["accuracy"] and len(test) == 6
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in finished.iterdir()} == (
         {"config.json", "metrics.jsonl", "rollouts.jsonl", "result.json", "curves.png", "checkpoint"}
@@ -159,16 +142,16 @@ def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
 
 def test_ctrl_c_saves_and_exits_cleanly(finished, tmp_path, capsys):
     run = tmp_path / "stopped"
-    process = command(tiny(run, save_every=100))
+    process = command(tiny(run, eval_every=100))
     wait_for_steps(run, 1, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "the same command continues" in out and "Traceback" not in err
     step = torch.load(run / "checkpoint" / "trainer.pt", weights_only=True)["step"]
     assert step == len(timeless(run)) - 1 < 4
-    train.main(tiny(run, save_every=100))
+    train.main(tiny(run, eval_every=100))
     assert "continuing after step" in capsys.readouterr().out
-    assert timeless(run) == timeless(finished)
+    assert (run / "rollouts.jsonl").read_bytes() == (finished / "rollouts.jsonl").read_bytes()
 
 
 def test_a_finished_run_is_not_trained_again(finished, capsys):
@@ -180,7 +163,7 @@ def test_a_finished_run_is_not_trained_again(finished, capsys):
 
 
 def test_seed_changes_everything_random(finished, tmp_path):
-    train.main(tiny(tmp_path / "other", seed=1, steps=1, save_every=1))
+    train.main(tiny(tmp_path / "other", seed=1, steps=1))
     first, other = ((run / "rollouts.jsonl").read_text().splitlines() for run in (finished, tmp_path / "other"))
     questions = [
         {json.loads(line)["question"] for line in lines if json.loads(line)["step"] == 1} for lines in (first, other)
@@ -196,8 +179,8 @@ def test_several_updates_clip_and_options_run(tmp_path):
         clip_high=0.3,
         micro_batch_tokens=500,
     )
-    departures = dict(aggregation="token-mean", normalize_std=False, tis_cap=2.0, skip_zero_variance=True)
-    train.main(tiny(tmp_path / "run", steps=1, save_every=1, **options, **departures))
+    departures = dict(aggregation="token-mean", normalize_std=False, tis_cap=2.0)
+    train.main(tiny(tmp_path / "run", steps=1, **options, **departures))
     metrics = timeless(tmp_path / "run")[1]
     assert abs(metrics["ratio"] - 1) > 1e-3 and metrics["clip_fraction"] > 0 and metrics["kl"] > 0
 
@@ -205,17 +188,7 @@ def test_several_updates_clip_and_options_run(tmp_path):
 def test_the_objective_is_the_papers_unless_asked_otherwise():
     config = train.Config()
     assert (config.aggregation, config.normalize_std, config.kl_coef) == ("paper", True, 0.001)
-    assert (config.clip_low, config.clip_high, config.tis_cap, config.skip_zero_variance) == (0.2, 0.2, 0.0, False)
-
-
-@pytest.mark.parametrize(
-    "optimizer, dtype, trained, gib",
-    [("adamw", torch.float32, True, 16), ("adamw8bit", torch.bfloat16, True, 6), ("adamw", torch.bfloat16, False, 2)],
-)
-def test_the_memory_of_2_to_the_30_weights(optimizer, dtype, trained, gib):
-    policy = torch.nn.Linear(2**15, 2**15, bias=False, device="meta", dtype=dtype).requires_grad_(trained)
-    text = train.budget(policy, train.Config(optimizer=optimizer), "cpu")
-    assert text.endswith(f" M parameters, {gib}.00 GiB of weights, gradients and moments")
+    assert (config.clip_low, config.clip_high, config.tis_cap) == (0.2, 0.2, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -224,14 +197,22 @@ def test_the_memory_of_2_to_the_30_weights(optimizer, dtype, trained, gib):
         ("auto", 0, "cpu", (torch.float32, torch.float32, False)),
         ("auto", 0, "cuda", (torch.float32, torch.bfloat16, True)),
         ("mixed", 0, "cpu", (torch.float32, torch.bfloat16, True)),
-        ("bfloat16", 0, "cuda", (torch.bfloat16, torch.bfloat16, False)),
         ("mixed", 8, "cuda", (torch.bfloat16, torch.bfloat16, True)),
         ("bfloat16", 8, "cuda", (torch.bfloat16, torch.bfloat16, True)),
         ("float32", 8, "cuda", (torch.float32, torch.float32, False)),
     ],
 )
 def test_precision_of_weights_engines_and_arithmetic(dtype, lora_rank, device, expected):
-    assert train.precision(train.Config(dtype=dtype, lora_rank=lora_rank), device) == expected
+    assert train.choose_precision(Config(dtype=dtype, lora_rank=lora_rank), device) == train.Precision(
+        device, *expected
+    )
+
+
+def test_bfloat16_weights_need_an_optimizer_that_can_update_them():
+    with pytest.raises(UserError, match="loses small updates"):
+        train.choose_precision(Config(dtype="bfloat16"), "cuda")
+    expected = train.Precision("cuda", torch.bfloat16, torch.bfloat16, False)
+    assert train.choose_precision(Config(dtype="bfloat16", optimizer="adamw8bit"), "cuda") == expected
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing():
@@ -239,27 +220,6 @@ def test_the_learning_rate_rises_then_falls_to_nothing():
     assert [train.learning_rate(config, n) for n in range(10)] == pytest.approx([5, 9, 8, 7, 6, 5, 4, 3, 2, 1])
     config.decay = False
     assert [train.learning_rate(config, n) for n in range(3)] == [5, 10, 10]
-
-
-def test_activation_checkpointing_recomputes_in_a_run(tmp_path, monkeypatch):
-    calls, forward = [], Qwen2Attention.forward
-    monkeypatch.setattr(Qwen2Attention, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
-    counts = []
-    for recompute in (False, True):
-        train.main(tiny(tmp_path / str(recompute), steps=1, dev_questions=1, activation_checkpointing=recompute))
-        counts.append(len(calls))
-        calls.clear()
-    assert counts[1] > counts[0]
-    metrics = [timeless(tmp_path / name)[1] for name in ("False", "True")]
-    assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], abs=1e-6)
-    assert metrics[0]["grad_norm"] == pytest.approx(metrics[1]["grad_norm"], rel=1e-4)
-
-
-def test_rows_that_are_left_out_do_not_thin_the_figures(tmp_path):
-    train.main(tiny(tmp_path / "run", steps=1, questions_per_step=12, skip_zero_variance=True))
-    metrics = timeless(tmp_path / "run")[1]
-    assert 0 < metrics["zero_variance_groups"] < 1
-    assert metrics["ratio"] == pytest.approx(1, abs=1e-6) and metrics["importance"] == pytest.approx(1, abs=1e-6)
 
 
 def test_questions_of_step_is_a_stream_of_shuffled_epochs():
@@ -286,18 +246,16 @@ def test_printed_trajectories_cannot_control_the_terminal():
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"group_size": 1}, "at least 2"),
-        ({"temperature": 0.0}, "above 0"),
+        ({"group_size": 1}, "--group_size 1: must be at least 2"),
+        ({"temperature": 0.0}, "nothing to compare"),
+        ({"temperature": float("nan")}, "--temperature nan: must be at least 0"),
         ({"steps": 0}, "at least 1"),
-        ({"aggregation": "sum"}, "must be paper, token-mean"),
-        ({"engine": "http"}, "must be transformers, vllm"),
+        ({"learning_rate": -1.0}, "at least 0"),
         ({"dtype": "bfloat16"}, "loses small updates"),
-        ({"frozen_engine": "http"}, "takes a URL"),
-        ({"model": "nowhere"}, "nowhere"),
-        ({"task": "nowhere"}, "no task nowhere"),
-        ({"task": "README.md"}, "needs a folder with train.jsonl"),
-        ({"corpus": "nowhere.db"}, "nowhere.db"),
-        ({"device": "tpu"}, "no device"),
+        ({"model": "no/such/folder"}, "cannot load a model from no/such/folder"),
+        ({"task": "nowhere"}, "there is no nowhere/train.jsonl"),
+        ({"tools": ["Sarch"]}, "there is no Sarch"),
+        ({"reward": "lab.no_such.reward"}, "there is no lab.no_such.reward"),
     ],
 )
 def test_bad_flags(tmp_path, changes, said):
@@ -331,9 +289,6 @@ def test_a_finished_run_without_its_checkpoint_stays_finished(finished, tmp_path
     out = capsys.readouterr().out
     assert "is finished" in out and "accuracy (n = 6)" in out
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    (run / "result.json").write_text("{")
-    with pytest.raises(UserError, match="result.json is damaged"):
-        train.main(tiny(run))
 
 
 class Code:
@@ -363,7 +318,7 @@ def test_a_half_written_checkpoint(finished, tmp_path, damage):
         path.write_bytes(bytes(len(data)))
     elif damage.startswith("code"):
         torch.save({"step": 4, "optimizer": Code(tmp_path / "executed"), "result": {}}, path)
-    with pytest.raises(UserError, match="not a whole checkpoint"):
+    with pytest.raises((OSError, RuntimeError, EOFError, UserError, UnpicklingError)):
         train.main(tiny(run))
     assert not (tmp_path / "executed").exists()
     assert (run / "rollouts.jsonl").read_bytes() == (finished / "rollouts.jsonl").read_bytes()  # nothing is lost
@@ -395,23 +350,27 @@ def test_a_kill_while_saving_leaves_a_checkpoint(finished, tmp_path, monkeypatch
                 patch.setattr(owner, name, step)
             with pytest.raises(Killed):
                 train.save(run, 5, policy, tokenizer, optimizer, {})
-        assert train.resume(run, policy, torch.optim.AdamW(policy.parameters()), Config())[0] in (5, 6)
+        assert train.resume(run, policy, torch.optim.AdamW(policy.parameters()))[0] in (5, 6)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="No space left.*free some space.*the last checkpoint is intact"):
-        train.log(run / "metrics.jsonl", {"step": 1})
+def test_what_is_wrong_with_an_update_stops_the_run():
+    precision = train.choose_precision(Config(), "cpu")
+    train.check_update(1, {"grad_norm": 1e3, "sampler_gap": 1e-5}, precision)
+    for wrong in ({"grad_norm": math.inf}, {"grad_norm": math.nan}, {"sampler_gap": 0.01}, {"sampler_gap": math.nan}):
+        (name,) = wrong
+        with pytest.raises(EngineError, match=f"step 3: {name} is"):
+            train.check_update(3, {"grad_norm": 1.0, "sampler_gap": 0.0} | wrong, precision)
 
 
-def test_help_lists_every_flag_with_its_default():
-    help_text = " ".join(HfArgumentParser(Config).format_help().split())  # `train.py --help` is run by test_readme.py
+def test_help_lists_every_flag_in_its_group_with_its_default():
+    help_text = Flags(Config).format_help()
+    groups = [line for line in help_text.splitlines() if re.fullmatch(r"\w.*:", line)]
+    assert groups == ["options:", "the system:", "the run:", "Flow-GRPO:", "the trainer at real size:"]
+    words = " ".join(help_text.split())
     for name, value in asdict(Config()).items():
-        entry = re.search(rf" --{name} .*?\(default: (.*?)\)", help_text)
+        entry = re.search(rf" --{name} .*?\(default: (.*?)\)", words)
         assert entry and entry[1] == str(value).strip() and len(entry[0]) > len(name) + 30, name
+    assert len(asdict(Config())) <= 36 and words.count(" * ") == 10  # the ones to change first
 
 
 def test_a_disk_that_fills_up_while_saving(tmp_path):
@@ -423,36 +382,7 @@ def test_a_disk_that_fills_up_while_saving(tmp_path):
     run = tmp_path / "run"
     process = command(tiny(run, steps=1, questions_per_step=2), preexec_fn=limit)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and "Traceback" not in err
-    assert err.strip().splitlines()[-1].startswith(f"train.py: cannot write to {run} (")
+    (ROOT / "traceback.log").unlink()
+    assert process.returncode == 1 and "Traceback" not in err
+    assert len(err.split("train.py: ")) == 2 and "traceback.log says where" in err
     assert len(timeless(run)) == 2 and not (run / "checkpoint").exists()
-
-
-def test_a_language_model_as_judge(tmp_path):
-    """It gives rewards that the rules do not. It fails in the second step of a run: the checkpoint is intact, and the
-    same command continues as if nothing had happened."""
-    small = dict(steps=2, questions_per_step=4, group_size=2, max_turns=1, save_every=1, print_every=0)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    mended = False
-
-    def verdict(prompt):
-        case = json.loads(prompt.split("\n\n")[1])
-        fails = not mended and (broken / "checkpoint").exists()
-        return "Well" if fails else json.dumps({"analysis": "counted", "correct": len(case["question"]) % 2 == 0})
-
-    with serve(Scripted(verdict)) as (url, _):
-        judged = dict(judge="llm", judge_model=f"{url}#backbone", **small)
-        train.main(tiny(whole, **judged))
-        with pytest.raises(EngineError, match="the judge .* gave no verdict"):
-            train.main(tiny(broken, **judged))
-        assert len(timeless(broken)) == 2 and (broken / "verdicts.jsonl").exists()
-        mended = True
-        train.main(tiny(broken, **judged))
-    assert (whole / "rollouts.jsonl").read_bytes() == (broken / "rollouts.jsonl").read_bytes()
-    rows = [json.loads(line) for line in (whole / "rollouts.jsonl").read_text().splitlines()]
-    for row in rows:
-        by_rules = RULES["text"](row["question"], row["expected"], row["answer"])
-        assert row["reward"] == (by_rules or float(bool(row["answer"]) and len(row["question"]) % 2 == 0))
-    assert 0 < sum(row["reward"] for row in rows) < len(rows) == 16
-    for metrics in timeless(whole)[1:]:
-        assert sum(metrics["judge_decided"].values()) == 8 and 0 < metrics["judge_agreement"] < 1

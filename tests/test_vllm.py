@@ -20,20 +20,10 @@ pytest.importorskip("vllm", reason="vllm is not installed: pip install -r requir
 import train
 from agent import PLANNER_PROMPT, AgentSystem, toolbox
 from flow_grpo import token_logprobs
-from llm import (
-    EngineError,
-    HTTPEngine,
-    Request,
-    TransformersEngine,
-    UserError,
-    VLLMEngine,
-    add_adapter,
-    load_model,
-    plain_weights,
-)
+from lab.pretrain import BACKBONE
+from llm import HTTPEngine, Request, TransformersEngine, VLLMEngine, add_adapter, load_model
+from sandbox import Sandbox
 from tasks import load_corpus, load_examples
-from tinyworld.pretrain import BACKBONE
-from tools import Sandbox
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and "avx512f" not in Path("/proc/cpuinfo").read_text():
@@ -110,8 +100,8 @@ def texts(groups):
 
 def test_greedy_trajectories_are_those_of_transformers(engine, frozen, tools, questions):
     transformers = TransformersEngine(BACKBONE, DEVICE)
-    expected = AgentSystem(transformers, transformers, *tools).rollout(questions, 1, 0.0, (0,))
-    assert texts(AgentSystem(engine, frozen, *tools).rollout(questions, 1, 0.0, (0,))) == texts(expected)
+    expected = AgentSystem(transformers, transformers, *tools, temperature=0.0).rollout(questions, 1, (0,))
+    assert texts(AgentSystem(engine, frozen, *tools, temperature=0.0).rollout(questions, 1, (0,))) == texts(expected)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -131,11 +121,11 @@ def test_a_cut_row_is_flagged(engine, prompts):
         assert completion.finish_reason == "length" and len(completion.completion_ids) == 2
 
 
-def test_equal_greedy_requests_are_computed_once(engine, prompts):
-    before = engine.tokens_generated
+def test_equal_greedy_requests_are_computed_once(engine, prompts, monkeypatch):
+    added, add_request = [], engine.engine.add_request
+    monkeypatch.setattr(engine.engine, "add_request", lambda *a, **k: added.append(a) or add_request(*a, **k))
     one, *others = generate(engine, [Request(engine.encode(prompts[0]), 16, 0.0)] * 8)
-    assert all(other == one for other in others)
-    assert engine.tokens_generated - before == len(one.completion_ids)
+    assert all(other == one for other in others) and len(added) == 1
 
 
 def test_the_gap_stays_closed_over_twenty_updates(engine, frozen, prompts):
@@ -151,7 +141,7 @@ def test_the_gap_stays_closed_over_twenty_updates(engine, frozen, prompts):
                 if update < 19 or "embed_tokens" in name:
                     step = torch.randn(parameter.shape, generator=noise, device=DEVICE)
                     parameter += 0.02 * parameter.std() * step
-        engine.load_weights(plain_weights(model))
+        engine.load_weights(model.state_dict())
         assert gap(model, sampled(engine, prompts[:16])) < 1e-4
         assert [c.logprobs for c in generate(engine, greedy)] != before
     assert [c.completion_ids for c in generate(frozen, greedy)] == [c.completion_ids for c in untouched]
@@ -174,14 +164,12 @@ def test_one_engine_serves_base_and_adapter(lora, frozen, prompts, tmp_path):
         mixed = generate_both(lora, base, prompts[:16])
         assert gap(policy, mixed[0]) < LORA_GAP and gap(initial_model, mixed[1]) < LORA_GAP
         assert [c.completion_ids for c in mixed[1]] == [c.completion_ids for c in initial]
-    # The same adapter from its folder, and added to the weights.
+    # The same adapter from its folder, in both engines.
     again = VLLMEngine(tmp_path / "adapter", DEVICE, LORA_DTYPE, memory_share=0.1)
     assert gap(policy, sampled(again, prompts[:16])) < LORA_GAP
-    merged, _ = load_model(tmp_path / "adapter", DEVICE)
-    assert gap(merged, mixed[0]) < max(LORA_GAP, 1e-3)  # rounded where it is added
-    plain = TransformersEngine(BACKBONE, DEVICE)
-    plain.load_weights(plain_weights(policy))
-    assert gap(plain.model, mixed[0]) < max(LORA_GAP, 1e-3)  # rounded where it is added
+    plain = TransformersEngine(BACKBONE, DEVICE, lora_rank=8)
+    plain.load_weights(policy.state_dict())
+    assert gap(plain.model, mixed[0]) < LORA_GAP
 
 
 def generate_both(planner, base, prompts):
@@ -196,19 +184,9 @@ def generate_both(planner, base, prompts):
     return done[: len(prompts)], done[len(prompts) :]
 
 
-def test_an_adapter_of_another_base(lora, tmp_path):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    other = Qwen2ForCausalLM(Qwen2Config(vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=2))
-    add_adapter(other, 8)
-    other.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is no adapter of this model"):
-        lora.load_adapter(tmp_path)
-
-
 TINY = dict(
-    steps=3, questions_per_step=6, group_size=8, max_turns=2, eval_every=2, save_every=2, dev_questions=4,
-    test_questions=6, print_every=0, engine_memory=0.1, device=DEVICE, dtype="float32",
+    steps=3, questions_per_step=6, group_size=8, max_turns=2, eval_every=2, dev_questions=4,
+    test_questions=6, engine_memory=0.1, device=DEVICE, dtype="float32",
 )  # fmt: skip
 
 
@@ -226,7 +204,6 @@ def metrics_of(run):
     "options",
     [
         dict(engine="vllm"),
-        dict(engine="vllm", frozen_engine="transformers", packed=True, activation_checkpointing=True),
         dict(engine="vllm", lora_rank=8),
         dict(engine="transformers", lora_rank=8),
     ],
@@ -240,7 +217,7 @@ def test_a_training_run(tmp_path, options):
     metrics = metrics_of(tmp_path / "run")
     assert len(metrics) == 3 and all(m["sampler_gap"] < (0.05 if low_precision else 1e-4) for m in metrics)
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[-1]["kl"] > 0
-    assert load_model(tmp_path / "run" / "checkpoint")[0].num_parameters() == load_model(BACKBONE)[0].num_parameters()
+    assert load_model(tmp_path / "run" / "checkpoint")[0].num_parameters() >= load_model(BACKBONE)[0].num_parameters()
 
 
 def test_an_adapter_run_that_was_stopped_resumes(tmp_path, monkeypatch):
@@ -248,26 +225,23 @@ def test_an_adapter_run_that_was_stopped_resumes(tmp_path, monkeypatch):
     train.main(whole)
 
     class AfterTwoSteps:
-        asked = property(lambda self: len(metrics_of(tmp_path / "parts")) == 2)
+        def __bool__(self):
+            return len(metrics_of(tmp_path / "parts")) == 2
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "StopRequest", AfterTwoSteps)
+        patch.setattr(train, "listen_for_stop", AfterTwoSteps)
         train.main(parts)
     train.main(parts)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         files = [(tmp_path / run / "checkpoint" / name).read_bytes() for run in ("whole", "parts")]
         assert files[0] == files[1] or DEVICE == "cuda"
-    policy, _ = load_model(BACKBONE)
-    add_adapter(policy, 8)
-    with pytest.raises(UserError, match="belongs to tinyworld/backbone, not to another/base"):
-        train.load_adapter(policy, tmp_path / "whole" / "checkpoint", "another/base")
 
 
 def test_stale_weights_stop_the_run(tmp_path):
     options = TINY | dict(steps=6, learning_rate=3e-3, engine="vllm")
     forgetful = "import llm; llm.VLLMEngine.load_weights = lambda self, state_dict: None"
     done = train_apart(train.Config(run_dir=str(tmp_path / "run"), **options), forgetful)
-    assert done.returncode and "does not hold the trainer's weights" in done.stderr
+    assert done.returncode and "sampler_gap is" in done.stderr
 
 
 def test_eight_bit_moments_and_bfloat16_weights(tmp_path):
@@ -286,13 +260,13 @@ def test_a_failing_engine_is_heard_by_all(engine, questions, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.engine, "step", broken)
-        with pytest.raises(EngineError, match="out of blocks"):
+        with pytest.raises(RuntimeError, match="out of blocks"):
             asyncio.run(asyncio.wait_for(engine.generate(Request(engine.encode("q"), 4, 0.0)), 10))
     assert sampled(engine, questions[:2])  # and it works again: the failed requests have left it
 
 
 def test_a_server_of_the_same_build(questions, tmp_path):
-    """Text and token ids through `vllm serve`, as a planner and as frozen modules, equal those in process."""
+    """Text through `vllm serve` equals the text in process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -303,23 +277,18 @@ def test_a_server_of_the_same_build(questions, tmp_path):
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
+        chat = HTTPEngine(f"http://127.0.0.1:{port}/v1#backbone")
         deadline = time.monotonic() + 120
         while True:
             try:
-                planner = HTTPEngine(f"http://127.0.0.1:{port}/v1", tokenizer=str(BACKBONE), retries=0)
+                answers = generate(chat, [Request(question, 24, 0.0) for question in questions[:8]])
                 break
-            except UserError:
+            except RuntimeError:
                 assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(0.5)
         local = TransformersEngine(BACKBONE, DEVICE)
         requests = [Request(local.encode(question), 24, 0.0) for question in questions[:8]]
-        assert [c.completion_ids for c in generate(planner, requests)] == (
-            [c.completion_ids for c in local.generate_batch(requests)]
-        )
-        assert gap(local.model, sampled(planner, questions[:8])) < 1e-4
-        chat = HTTPEngine(f"http://127.0.0.1:{port}/v1#backbone")
-        answers = generate(chat, [Request(question, 24, 0.0) for question in questions[:8]])
-        assert [c.text for c in answers] == [c.text for c in local.generate_batch(requests)]
+        expected = local.generate_batch(requests)
+        assert [(c.text, c.usage) for c in answers] == [(c.text, c.usage) for c in expected]
     finally:
         server.terminate()
         server.wait(30)
@@ -328,9 +297,3 @@ def test_a_server_of_the_same_build(questions, tmp_path):
 def test_nothing_imports_vllm_before_it_is_asked_for():
     code = "import train, sys; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_another_device():
-    other = "cuda" if DEVICE == "cpu" else "cpu"
-    with pytest.raises(UserError, match=f"not for {other}: use --engine transformers"):
-        VLLMEngine(BACKBONE, other)

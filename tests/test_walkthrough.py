@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOLUTIONS = sorted((ROOT / "solutions").glob("*.md"))
+SOLUTIONS = sorted((ROOT / "docs" / "solutions").glob("*.md"))
 
 
 def run_blocks(path: Path, names: dict) -> None:
@@ -40,7 +40,7 @@ def test_each_exercise_has_its_solution():
     page = (ROOT / "walkthrough.md").read_text()
     numbers = re.findall(r"^(\d)\. \*\*", page, re.MULTILINE)
     assert numbers == list("12345678") == [path.stem for path in SOLUTIONS]
-    assert re.findall(r"\]\((solutions/\d\.md)\)", page) == [f"solutions/{n}.md" for n in numbers]
+    assert re.findall(r"\]\((docs/solutions/\d\.md)\)", page) == [f"docs/solutions/{n}.md" for n in numbers]
 
 
 def test_a_wrong_digit_is_noticed(tmp_path):

@@ -1,9 +1,9 @@
 """A page to look into a run: learning curves, questions by reward, trajectories side by side, tokens by what changed.
 
-    python report.py runs/tinyworld-seed0     # writes runs/tinyworld-seed0/report.html, also while the run goes on
+    python -m lab.report runs/tinyworld-seed0     # writes runs/tinyworld-seed0/report.html, also while the run goes on
 
 The page is one file that works in any browser without server or network. Its template, report.html, lies beside this
-script. What a model wrote stays data all the way: JSON in which every `<` is escaped, out of which the page's script
+script. What a model wrote stays data all the way: JSON in which every `<` is escaped, from which the page's script
 makes text nodes. The page's policy runs no script but that one, known by its hash, and forbids every request.
 """
 
@@ -12,43 +12,76 @@ import json
 import re
 import sys
 from base64 import b64encode
+from collections.abc import Iterable
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
-from eval import read_json, table
-from llm import UserError
+from eval import table
+from tools import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html")
-OF_GROUP = ("step", "question", "expected", "family", "analysis")  # the same for all trajectories of a group
+# What the page reads of a run. Of a group's trajectories, the first five fields are the same.
+SHARED = ("step", "question", "expected", "family", "analysis")
+TRAJECTORY = (*SHARED, "answer", "reward", "advantage", "turns")
+TURN = ("sub_goal", "tool", "command", "result", "verdict", "error", "completion_ids", "logprobs", "ref_logprobs")
+FIGURES = ("accuracy", "interval", "n", "by_family", "turns", "tool_shares", "tool_error_rate", "tokens")
 
 
-def read_log(path: Path) -> list[dict]:
-    """The records of a log, [] where there is none yet. A last line that is still being written is left out."""
+def check_fields(place: str, data: Any, names: Iterable[str]) -> None:
+    """`UserError` if `data`, which stands at `place`, is not an object with all these fields."""
+    missing = [name for name in names if not isinstance(data, dict) or name not in data]
+    if missing:
+        raise UserError(f"{place} lacks {', '.join(missing)}: it was not written by this version of train.py")
+
+
+def read_json(path: Path, *names: str) -> dict:
+    """A file of a run, which must have these fields."""
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error})") from None
+    check_fields(str(path), data, names)
+    return data
+
+
+def read_log(path: Path, *names: str) -> list[dict]:
+    """The records of a log, each with these fields; [] before there is one. A last line that is still being written is
+    left out."""
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
             records.append(json.loads(line, parse_constant=lambda name: None))  # browsers know no NaN in JSON
         except ValueError as error:
             raise UserError(f"{path}:{number} is damaged ({error}): remove that line") from None
+        check_fields(f"{path}:{number}", records[-1], names)
     return records
 
 
+def read_trajectories(path: Path) -> list[dict]:
+    trajectories = read_log(path, *TRAJECTORY)
+    for trajectory in trajectories:
+        for turn in trajectory["turns"]:
+            check_fields(f"a turn in {path}", turn, TURN)
+    return trajectories
+
+
 def read_groups(run: Path) -> list[tuple[dict, list[dict]]]:
-    """(what they share, trajectories): the G of a question in a step; of a test question, before and after training."""
-    rollouts = groupby(read_log(run / "rollouts.jsonl"), key=lambda t: (t["step"], t["question"]))
-    groups = [list(group) for _, group in rollouts]
-    before, after = (read_log(run / f"test_{when}.jsonl") for when in ("before", "after"))
+    """(what its trajectories share, the trajectories) of each group: one test question before and after training, or
+    the G rollouts of a question in a step."""
+    rollouts = groupby(read_trajectories(run / "rollouts.jsonl"), key=lambda t: (t["step"], t["question"]))
+    before, after = (read_trajectories(run / f"test_{when}.jsonl") for when in ("before", "after"))
     tests = [list(pair) for pair in zip(before, after)] or [[trajectory] for trajectory in before]
-    return [
-        (
-            {name: group[0][name] for name in OF_GROUP} | {"rewards": [t["reward"] for t in group], "test": n < 0},
-            [{name: value for name, value in t.items() if name not in OF_GROUP} for t in group],
-        )
-        for n, group in enumerate(tests + groups, start=-len(tests))
-    ]
+    groups = []
+    for number, group in enumerate([*tests, *(list(group) for _, group in rollouts)]):
+        shared = {name: group[0][name] for name in SHARED}
+        shared |= {"rewards": [t["reward"] for t in group], "test": number < len(tests)}
+        own = [{name: value for name, value in t.items() if name not in SHARED} for t in group]
+        groups.append((shared, own))
+    return groups
 
 
 def token_texts(ids: set[int], run: Path, model: str) -> dict[int, str]:
@@ -74,28 +107,34 @@ def policy(template: str) -> str:
     return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
 
 
-def block(name: str, data: object) -> str:
-    """Data for the page's script. In JSON `<` stands in texts only; escaped, none of them can end the block."""
+def block(name: str, data: Any) -> str:
+    """Data for the page's script. In JSON, `<` stands in texts only. Escaped, it cannot end the block."""
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>\n'
 
 
 def make_page(run: Path) -> str:
-    """The whole page of a run folder. `UserError` where there is nothing to show or a file is damaged."""
+    """The whole page of a run folder. `UserError` if there is nothing to show, or a file is damaged."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is not the folder of a run: there is no config.json in it")
-    config, groups, metrics = read_json(run / "config.json"), read_groups(run), read_log(run / "metrics.jsonl")
+    config = read_json(run / "config.json", "model", "steps")
+    groups, metrics = read_groups(run), read_log(run / "metrics.jsonl", "step")
     if not groups:
         raise UserError(f"{run} holds no trajectories yet: wait for its first step")
-    result = read_json(run / "result.json") if (run / "result.json").is_file() else None
-    if result:
+    test_table = ""
+    if (run / "result.json").is_file():
+        result = read_json(run / "result.json", "before", "after")
+        for when in ("before", "after"):
+            check_fields(f"{run / 'result.json'}, {when}", result[when], FIGURES)
+        test_table = table({"before": result["before"], "after": result["after"]})
         metrics.append({"step": config["steps"], "test_accuracy": result["after"]["accuracy"]})
-    ids = {i for _, trajectories in groups for t in trajectories for turn in t["turns"] for i in turn["completion_ids"]}
+    turns = [turn for _, trajectories in groups for trajectory in trajectories for turn in trajectory["turns"]]
+    ids = {i for turn in turns for i in turn["completion_ids"]}
     overview = {
         "name": run.resolve().name,
         "config": config,
         "metrics": metrics,
-        "table": table({"before": result["before"], "after": result["after"]}) if result else "",
+        "table": test_table,
         "tokens": token_texts(ids, run, config["model"]),
         "groups": [shared for shared, _ in groups],
     }

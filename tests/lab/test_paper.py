@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,15 +13,26 @@ from pathlib import Path
 import pytest
 import torch
 
-import paper
-import paper_runs
 import train
-from flow_grpo import flow_grpo_loss, group_advantages
-from llm import UserError
-from paper_runs import SCALES, by_id, do, do_all, fading_credit, fingerprint, last_turn, sequence_ratio, turn_pooled
+from agent import Trajectory, Turn
+from flow_grpo import flow_grpo_loss, group_advantages, token_logprobs
+from lab import paper, paper_figures, paper_runs, pretrain, variants
+from lab.paper import PaperConfig
+from lab.paper_runs import SCALES, by_id, do, do_all, fingerprint
+from lab.variants import fading_credit, last_turn, sequence_ratio, turn_pooled
+from tools import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TINY = SCALES["tiny"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def at_home():
+    """Runs name the bundled backbone from the root of the repository."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        yield
+
 
 # --- variants ---------------------------------------------------------------------------------------------------------
 
@@ -74,8 +84,8 @@ def test_ratio_of_a_turn_begins_as_flow_grpo_and_keeps_its_kl():
 
 def test_every_edit_is_shown_as_it_is_run():
     shown = {name for figure in paper.FIGURES.values() for name in figure.variants}
-    assert shown == set(paper_runs.PATCHES) | set(paper_runs.FLAGS) - {"two-updates"}
-    for name, (place, function) in paper_runs.PATCHES.items():
+    assert shown == set(variants.PATCHES) | set(variants.FLAGS) - {"two-updates"}
+    for name, (place, function) in variants.PATCHES.items():
         assert hasattr(train, place) and f"def {function.__name__}(" in paper.code_of(name)
     assert paper.code_of("no-std") == "- normalize_std = True\n+ normalize_std = False\n"
 
@@ -98,11 +108,9 @@ def out(tmp_path_factory):
     """All runs of the tiny scale: one of each kind is real, the other trainings are given the record of one of them."""
     out = tmp_path_factory.mktemp("paper")
     runs, folder = by_id(TINY), out / "runs-tiny"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        for name in ("main", "taught", "turn-budget", "gspo"):
-            run = runs[f"{name}-seed0"]
-            do(run, folder / run.id, fingerprint(run, runs))
+    for name in ("main", "taught", "turn-budget", "gspo"):
+        run = runs[f"{name}-seed0"]
+        do(run, folder / run.id, fingerprint(run, runs))
     record = json.loads((folder / "gspo-seed0" / "record.json").read_text())
     for run in runs.values():
         if not (folder / run.id).exists():
@@ -126,16 +134,42 @@ def test_a_run_uses_its_variant(out):
 
 def test_imitation_learns_the_plans_it_is_shown():
     """Fifteen steps on one row make its completion likely: the rows and the loss are what they should be."""
-    from tinyworld import pretrain
-
-    policy, tokenizer, optimizer = train.build_trainer(train.Config(model=str(ROOT / "tinyworld" / "backbone")), "cpu")
+    config = train.Config(model=paper_runs.BACKBONE)
+    policy, tokenizer, optimizer = train.build_trainer(config, train.choose_precision(config, "cpu"))
     plan = pretrain.render_plan("the capital of Zilath is unknown", pretrain.w.find("capital", "Zilath"))
     ids, begin = pretrain.encoder(tokenizer)("Question: What is the capital of Zilath?", plan)
-    row = (ids[:begin], ids[begin:])
-    before = paper_runs.token_logprobs(policy, [row[0]], [row[1]])[0].sum().item()
+    row = Turn(ids[:begin], ids[begin:], [0.0] * len(ids[begin:]))
+
+    def logprob() -> float:
+        return token_logprobs(policy, [row.prompt_ids], [row.completion_ids])[0].sum().item()
+
+    before = logprob()
     paper_runs.fine_tune(policy, optimizer, [row], 15, seed=0)
-    assert paper_runs.token_logprobs(policy, [row[0]], [row[1]])[0].sum().item() > min(before / 2, -0.5)
-    assert before < -5
+    assert before < -5 and logprob() > before / 2
+
+
+def test_imitation_has_the_gradient_of_the_cross_entropy():
+    """On rows of different lengths, in several micro-batches: the mean over all tokens of all rows."""
+    config = train.Config(model=paper_runs.BACKBONE, kl_coef=0.0, aggregation="token-mean", micro_batch_tokens=16)
+    precision = train.choose_precision(config, "cpu")
+    policy, *_ = train.build_trainer(config, precision)
+    rows = [Turn([300] * 4, [310 + n] * (n + 1), [0.0] * (n + 1)) for n in range(5)]
+    losses = [token_logprobs(policy, [row.prompt_ids], [row.completion_ids])[0].sum() for row in rows]
+    (-sum(losses) / 15).backward()
+    expected = [parameter.grad for parameter in policy.parameters()]
+    policy.zero_grad()
+
+    class Keep(torch.optim.SGD):
+        def step(self) -> None:
+            self.seen = [parameter.grad.clone() for parameter in policy.parameters()]
+
+    optimizer = Keep(policy.parameters(), lr=0.0)
+    batches = train.make_batches([Trajectory("", rows, None, "")], torch.ones(1, 1), config, "cpu")
+    stats = train.update_policy(policy, policy, optimizer, batches, config, precision, 1)
+    scale = min(1.0, train.MAX_GRAD_NORM / stats["grad_norm"])
+    assert len(batches) > 1
+    for ours, theirs in zip(optimizer.seen, expected):
+        assert torch.allclose(ours, scale * theirs, atol=1e-6)
 
 
 def test_stopped_and_started_again_no_finished_run_is_repeated(out, tmp_path):
@@ -159,26 +193,23 @@ def test_stopped_and_started_again_no_finished_run_is_repeated(out, tmp_path):
     with pytest.raises(UserError, match="stopped; the same command continues"):
         do_all(tmp_path / "paper", TINY)
     signal.signal(signal.SIGINT, at_sigint)
-    assert "another paper.py" in refused[0]
+    assert "another lab.paper" in refused[0]
     assert not (folder / "no-std-seed0" / "record.json").exists()
 
-    runs = by_id(TINY)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        do(runs["no-std-seed0"], folder / "no-std-seed0", fingerprint(runs["no-std-seed0"], runs))
-        patch.setattr(paper_runs, "work_on", lambda run, *_: pytest.fail(f"{run.id} is run again"))
-        do_all(tmp_path / "paper", TINY)
+    run = by_id(TINY)["no-std-seed0"]
+    do(run, folder / run.id, fingerprint(run, by_id(TINY)))
+    do_all(tmp_path / "paper", TINY)  # with nothing left to do
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
 
 
 def test_a_run_of_other_code_is_made_again(out, tmp_path, monkeypatch):
     shutil.copytree(out, tmp_path / "paper")
-    monkeypatch.setitem(paper_runs.PATCHES, "last-turn", ("broadcast_to_turns", fading_credit))
+    monkeypatch.setitem(variants.PATCHES, "last-turn", ("broadcast_to_turns", fading_credit))
     again = []
     monkeypatch.setattr(paper_runs, "work_on", lambda run, *_: again.append(run.id))
     do_all(tmp_path / "paper", TINY)
     assert again == ["last-turn-seed0"]
-    monkeypatch.setattr(paper_runs, "code_digest", lambda: "other")
+    monkeypatch.setattr(paper_runs, "code_behind", lambda script: "other")
     do_all(tmp_path / "paper", TINY)
     assert set(again) == set(by_id(TINY))
 
@@ -186,17 +217,17 @@ def test_a_run_of_other_code_is_made_again(out, tmp_path, monkeypatch):
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     run = by_id(TINY)["main-seed0"]
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not made by paper.py"):
+    with pytest.raises(UserError, match="not made by lab.paper"):
         do(run, tmp_path, "made by")
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_a_run_that_fails_says_why(out, tmp_path, monkeypatch):
+def test_a_run_that_fails_says_why(out, tmp_path):
     shutil.copytree(out, tmp_path / "paper")
-    shutil.rmtree(tmp_path / "paper" / "runs-tiny" / "gspo-seed0")
-    (tmp_path / "paper.py").write_text("print('much'); raise SystemExit('no space left')")  # in the place of ours
-    monkeypatch.setattr(paper_runs, "ROOT", tmp_path)
-    with pytest.raises(UserError, match=r"gspo-seed0 failed \(no space left\); .*gspo-seed0.log has more"):
+    folder = tmp_path / "paper" / "runs-tiny" / "gspo-seed0"
+    (folder / "record.json").unlink()
+    (folder / "made_by").unlink()
+    with pytest.raises(UserError, match=r"gspo-seed0 failed \(.*not made by lab.paper.*gspo-seed0.log has more"):
         do_all(tmp_path / "paper", TINY)
 
 
@@ -208,11 +239,10 @@ def page(out):
     return paper.write_page(out).read_text()
 
 
-def test_the_page_needs_the_json_alone(out, page, tmp_path, monkeypatch):
+def test_the_page_needs_the_json_alone(out, page, tmp_path):
     for path in out.glob("*.json"):
         shutil.copy(path, tmp_path)
-    monkeypatch.setattr(sys, "argv", ["paper.py", "--figures", "--out", str(tmp_path)])
-    paper.main()
+    paper.main(PaperConfig(figures=True, out=str(tmp_path)))
     assert (tmp_path / "index.html").read_text() == page.replace(str(out), str(tmp_path))
 
 
@@ -246,7 +276,7 @@ def test_text_is_shown_not_run(out):
     (panel,) = data["panels"]
     panel["y"], panel["series"][evil] = evil, [p | {"x": evil} for p in panel["series"].pop("untrained")]
     claim = paper.Claim((evil, evil), (evil, evil), 1, evil, evil)
-    figure = paper.Figure(evil, ("main",), paper.main_result, evil, (claim,))
+    figure = paper.Figure(evil, ("main",), paper_figures.main_result, evil, (claim,))
     shown = paper.section("main", figure, data)
     assert "<script" not in shown and shown.count("&lt;script") >= 10
 
@@ -256,13 +286,13 @@ def test_stale_json_is_refused(out, page, tmp_path, monkeypatch, what):
     for path in [*out.glob("*.json"), out / "index.html"]:
         shutil.copy(path, tmp_path)
     if what == "core":
-        monkeypatch.setattr(paper_runs, "code_digest", lambda: "other")
+        monkeypatch.setattr(paper_runs, "code_behind", lambda script: "other")
     elif what == "figure":
-        monkeypatch.setattr(paper, "point", paper.panel)
+        monkeypatch.setattr(paper, "code_behind", lambda script: "other")
     elif what == "variant":
-        monkeypatch.setitem(paper_runs.PATCHES, "gspo", ("flow_grpo_loss", flow_grpo_loss))
+        monkeypatch.setitem(variants.PATCHES, "gspo", ("flow_grpo_loss", flow_grpo_loss))
     elif what == "settings":
-        monkeypatch.setitem(paper_runs.FLAGS, "no-kl", {"kl_coef": 0.5})
+        monkeypatch.setitem(variants.FLAGS, "no-kl", {"kl_coef": 0.5})
     elif what == "missing":
         (tmp_path / "main.json").unlink()
     elif what == "cut":
@@ -275,9 +305,25 @@ def test_stale_json_is_refused(out, page, tmp_path, monkeypatch, what):
     assert (tmp_path / "index.html").read_text() == page
 
 
-def test_comments_and_layout_make_nothing_stale():
-    assert paper_runs.meaning("x = 1  # one") == paper_runs.meaning("x   =   1")
-    assert paper_runs.meaning("x = 1") != paper_runs.meaning("x = 2")
+def test_what_makes_a_figure_stale(tmp_path, monkeypatch):
+    """Code does, in any file that the script imports, at whatever distance; comments, layout and other files do not."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "script.py").write_text("import near, json")
+    (tmp_path / "near.py").write_text("from far import x")
+    (tmp_path / "far.py").write_text("x = 1")
+    (tmp_path / "other.py").write_text("x = 1")
+    monkeypatch.setattr(paper_runs, "ROOT", tmp_path)
+    monkeypatch.setattr(paper_runs, "BACKBONE", "weights")
+    code_behind = paper_runs.code_behind.__wrapped__
+    digest = code_behind("script.py")
+    (tmp_path / "far.py").write_text("x   =   1  # one")
+    (tmp_path / "other.py").write_text("x = 2")
+    assert code_behind("script.py") == digest
+    (tmp_path / "far.py").write_text("x = 2")
+    assert code_behind("script.py") != digest
+    (tmp_path / "far.py").write_text("x = 1")
+    (tmp_path / "weights" / "model").write_text("0.5")
+    assert code_behind("script.py") != digest
 
 
 @pytest.mark.skipif(not (ROOT / "paper" / "main.json").exists(), reason="make paper has not been run here")
@@ -287,9 +333,10 @@ def test_the_json_that_lies_here_is_not_older_than_the_code():
 
 def test_sentences_follow_from_the_numbers():
     def data(a: list[float], b: list[float], n: int) -> dict:
-        points = {name: [paper.point("all", {s: [n, n * x, n * x] for s, x in enumerate(xs)})] for name, xs in
-                  (("a", a), ("b", b))}  # fmt: skip
-        return {"panels": [paper.panel("x", "y", points)]}
+        series = {}
+        for name, shares in (("a", a), ("b", b)):
+            series[name] = [paper_figures.point("all", {s: [n, n * x, n * x] for s, x in enumerate(shares)})]
+        return {"panels": [paper_figures.panel("x", "y", series)]}
 
     claim = paper.Claim(("a", "all"), ("b", "all"), -1, "-19.0 points", "Other data.")
     clear = paper.sentence(data([0.9, 0.92], [0.5, 0.52], 100), claim)

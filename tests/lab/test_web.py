@@ -12,23 +12,20 @@ import ssl
 import subprocess
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 import agent
-import eval as evaluation
-import web
 from agent import AgentSystem
-from eval import EvalConfig
-from judge import RULES
-from llm import Completion, UserError
+from eval import evaluate
+from lab import web
+from lab.web import WEB_TOOLS, Web, best_passages, is_public, passages, readable
+from llm import Completion
 from tasks import Example
-from tools import TOOLS, CommandError, Failure, ToolEnv, parse_command, run_tool
-from train import Config
-from web import WEB_TOOLS, Web, best_passages, is_public, passages, readable, select_tools
+from tools import ToolEnv, UserError, find_tools, parse_command, run_tool
 
 KEY = "AIzaSyNotARealKey-0123456789abcdefghijk"
 PUBLIC = "93.184.216.34"
@@ -36,7 +33,8 @@ PUBLIC = "93.184.216.34"
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    for name in (*web.GOOGLE_KEYS, "GOOGLE_CSE_ID", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+    settings = ("WEB_CACHE", "WEB_FROZEN", "WEB_SUMMARY", "WEB_PRIVATE", *web.GOOGLE_KEYS, "GOOGLE_CSE_ID")
+    for name in (*settings, "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -101,42 +99,65 @@ def client(server, tmp_path):
     """A client of the server, as a run would have it but for base URLs, patience and loopback."""
 
     def make(**options):
-        options = {
-            "cache": tmp_path / "cache",
-            "waits_s": (0.01, 0.01),
-            "timeout_s": 5,
-            "allow_private": True,
-        } | options
         services = {name: f"{server.url}/{name}" for name in ("wikipedia", "gemini", "custom_search")}
-        return Web(**services | options)
+        usual = dict(cache=tmp_path / "cache", waits_s=(0.01, 0.01), timeout_s=5, allow_private=True)
+        return Web(**services | usual | options)
 
     return make
 
 
-def environment_of(client: Web, asked: list | None = None) -> ToolEnv:
+def environment_of(asked: list | None = None) -> ToolEnv:
     async def ask(role: str, prompt: str) -> str:
         asked.append((role, prompt))
         return " It is {written} in 1923. "
 
-    return ToolEnv(ask, None, None, TOOLS | WEB_TOOLS, client)
+    return ToolEnv(ask, None, None, WEB_TOOLS)
+
+
+@contextmanager
+def installed(client: Web):
+    """The tools use this client instead of the one that the environment describes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(web, "client", lambda: client)
+        yield
 
 
 def call(client: Web, command: str, asked: list | None = None) -> tuple[str, bool]:
-    return asyncio.run(run_tool(environment_of(client, asked), parse_command(command, TOOLS | WEB_TOOLS)))
+    with installed(client):
+        return asyncio.run(run_tool(environment_of(asked), parse_command(command, WEB_TOOLS)))
 
 
 def read(client: Web, url: str, query: str = "anything") -> tuple[str, bool]:
     return call(client, f"Web_Search(url={url!r}, query={query!r})")
 
 
+def together(client: Web, commands: list[str]) -> tuple[list, float, int]:
+    """Results, seconds, and how often another coroutine had its turn meanwhile."""
+    turns = 0
+
+    async def other():
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0.005)
+            turns += 1
+
+    async def run():
+        ticker = asyncio.ensure_future(other())
+        start = time.perf_counter()
+        results = await asyncio.gather(*(run_tool(environment_of(), parse_command(c, WEB_TOOLS)) for c in commands))
+        seconds = time.perf_counter() - start
+        ticker.cancel()
+        return results, seconds, turns
+
+    with installed(client):
+        return asyncio.run(run())
+
+
 # --- Wikipedia --------------------------------------------------------------------------------------------------------
 
 FILLER = " ".join(f"word{n}" for n in range(3000))
 ARTICLES = {
-    736: (
-        "Albert Einstein",
-        f"Albert Einstein was a physicist.\n\n\n== Life ==\n{FILLER} His zither was green. {FILLER}",
-    ),
+    736: ("Albert Einstein", f"A physicist.\n\n\n== Life ==\n{FILLER} His zither was green. {FILLER}"),
     9988: ("Elsa Einstein", "Elsa Einstein was born in Hechingen. \ud83d\ude00 \ud800 \x00"),
 }
 
@@ -169,12 +190,6 @@ def test_wikipedia_gives_title_url_and_the_best_passages(server, client):
     assert all("nano-agentflow" in headers["User-Agent"] for _, headers, _ in server.seen) and len(server.seen) == 3
 
 
-def test_wikipedia_text_is_clean_for_tokenizers(server, client):
-    server.pages["/wikipedia"] = wikipedia
-    text, ok = call(client(), 'Wikipedia_Search(query="Elsa Einstein Hechingen")')
-    assert ok and "Hechingen. 😀 ?" in text and text.encode()
-
-
 def test_wikipedia_summary_by_the_frozen_model(server, client):
     server.pages["/wikipedia"], asked = wikipedia, []
     text, ok = call(client(summary=True), 'Wikipedia_Search(query="zither of {query} Einstein")', asked)
@@ -185,8 +200,10 @@ def test_wikipedia_summary_by_the_frozen_model(server, client):
     assert call(client(summary=True), 'Wikipedia_Search(query="nobody")', asked) == ("No results.", True) and not asked
 
 
-def test_wikipedia_without_results_or_query(server, client):
+def test_wikipedia_with_odd_text_and_without_results_or_query(server, client):
     server.pages["/wikipedia"] = wikipedia
+    text, ok = call(client(), 'Wikipedia_Search(query="Elsa Einstein Hechingen")')
+    assert ok and "Hechingen. 😀 ?" in text and text.encode()  # as tokenizers want it
     assert call(client(), 'Wikipedia_Search(query="nobody")') == ("No results.", True)
     assert call(client(), 'Wikipedia_Search(query=" \\n")') == ("Error: the query is empty", False)
     assert call(client(), f'Wikipedia_Search(query="{"x " * 3000}")')[1]
@@ -194,11 +211,7 @@ def test_wikipedia_without_results_or_query(server, client):
 
 
 def test_wikipedia_errors_come_with_status_200(server, client):
-    error = {
-        "code": "cirrussearch-query-too-long",
-        "info": "Search request is longer than allowed",
-        "docref": "See ...",
-    }
+    error = {"code": "cirrussearch-query-too-long", "info": "Search request is longer than allowed", "docref": "See"}
     server.pages["/wikipedia"] = lambda *_: answering({"error": error, "servedby": "mw-api-ext"})
     text, ok = call(client(), 'Wikipedia_Search(query="x")')
     assert text == "Error: Wikipedia: Search request is longer than allowed" and not ok
@@ -208,18 +221,9 @@ def test_wikipedia_errors_come_with_status_200(server, client):
     assert len(server.seen) == 1 + 3
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_services_get_another_chance(server, client, status):
-    server.pages["/wikipedia"] = lambda *request: (
-        wikipedia(*request) if len(server.seen) > 2 else answering({}, status, **{"Retry-After": "0"})
-    )
-    assert call(client(), 'Wikipedia_Search(query="Einstein")')[1]
-
-
-def test_a_service_may_ask_for_a_longer_wait(server, client):
-    server.pages["/wikipedia"] = lambda *request: (
-        wikipedia(*request) if len(server.seen) > 1 else (429, {"Retry-After": "1"}, b"slow down")
-    )
+def test_services_get_another_chance_after_the_pause_that_they_ask_for(server, client):
+    faults = [(429, {"Retry-After": "1"}, b"slow down"), answering({}, 503, **{"Retry-After": "0"})]
+    server.pages["/wikipedia"] = lambda *request: faults.pop(0) if faults else wikipedia(*request)
     start = time.monotonic()
     assert call(client(), 'Wikipedia_Search(query="Einstein")')[1] and 1 <= time.monotonic() - start < 3
 
@@ -254,49 +258,36 @@ def test_a_service_that_is_not_there_stops_the_run(server, client):
 
 # --- Google -----------------------------------------------------------------------------------------------------------
 
+REDIRECT = "https://vertexaisearch.cloud.google.com/grounding-api-redirect"
 GROUNDED = {
-    "candidates": [
-        {
-            "content": {
-                "parts": [
-                    {"text": "I think.", "thought": True},
-                    {"text": "Zoë won. "},
-                    {"text": "The cup was 🥇 gold."},
-                ],
-                "role": "model",
-            },
-            "finishReason": "STOP",
-            "groundingMetadata": {
-                "searchEntryPoint": {"renderedContent": "<style>...</style>"},
-                "groundingChunks": [
-                    {
-                        "web": {
-                            "uri": "https://vertexaisearch.cloud.google.com/grounding-api-redirect/A",
-                            "title": "a.org",
-                        }
-                    },
-                    {
-                        "web": {
-                            "uri": "https://vertexaisearch.cloud.google.com/grounding-api-redirect/B",
-                            "title": "b.org",
-                        }
-                    },
-                ],
-                "groundingSupports": [  # positions count bytes of UTF-8
-                    {"segment": {"endIndex": 9, "text": "Zoë won."}, "groundingChunkIndices": [0]},
-                    {
-                        "segment": {"startIndex": 10, "endIndex": 32, "text": "The cup was 🥇 gold."},
-                        "groundingChunkIndices": [0, 1],
-                        "confidenceScores": [0.9, 0.8],
-                    },
-                ],
-                "webSearchQueries": ["who won the cup"],
-            },
-        }
-    ],
+    "candidates": [{  # as Gemini answers
+        "content": {
+            "parts": [
+                {"text": "I think.", "thought": True}, {"text": "Zoë won. "}, {"text": "The cup was 🥇 gold."},
+            ],
+            "role": "model",
+        },
+        "finishReason": "STOP",
+        "groundingMetadata": {
+            "searchEntryPoint": {"renderedContent": "<style>...</style>"},
+            "groundingChunks": [
+                {"web": {"uri": f"{REDIRECT}/A", "title": "a.org"}},
+                {"web": {"uri": f"{REDIRECT}/B", "title": "b.org"}},
+            ],
+            "groundingSupports": [  # positions count bytes of UTF-8
+                {"segment": {"endIndex": 9, "text": "Zoë won."}, "groundingChunkIndices": [0]},
+                {
+                    "segment": {"startIndex": 10, "endIndex": 32, "text": "The cup was 🥇 gold."},
+                    "groundingChunkIndices": [0, 1],
+                    "confidenceScores": [0.9, 0.8],
+                },
+            ],
+            "webSearchQueries": ["who won the cup"],
+        },
+    }],
     "usageMetadata": {"totalTokenCount": 80},
     "modelVersion": "gemini-2.5-flash",
-}
+}  # fmt: skip
 
 
 def everything_stored(folder: Path) -> str:
@@ -310,25 +301,18 @@ def test_google_by_gemini_with_grounding(server, client, monkeypatch, tmp_path, 
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     server.pages["/gemini"] = answering(GROUNDED)
     text, ok = call(client(), 'Google_Search(query="who won the cup")')
-    assert ok and text.split("\n") == [
-        "Zoë won.[1] The cup was 🥇 gold.[1][2]",
-        "[1] a.org https://vertexaisearch.cloud.google.com/grounding-api-redirect/A",
-        "[2] b.org https://vertexaisearch.cloud.google.com/grounding-api-redirect/B",
-    ]
+    cited = "Zoë won.[1] The cup was 🥇 gold.[1][2]"
+    assert ok and text == f"{cited}\n[1] a.org {REDIRECT}/A\n[2] b.org {REDIRECT}/B"
     [(path, headers, body)] = server.seen
-    assert json.loads(body) == {
-        "contents": [{"parts": [{"text": "who won the cup"}]}],
-        "tools": [{"google_search": {}}],
-    }
+    assert json.loads(body) == dict(contents=[{"parts": [{"text": "who won the cup"}]}], tools=[{"google_search": {}}])
     assert headers["x-goog-api-key"] == KEY and KEY not in path and "Authorization" not in headers
     assert "who won the cup" in everything_stored(tmp_path) and KEY not in everything_stored(tmp_path)
 
 
 def test_google_without_grounding_or_answer(server, client, monkeypatch):
     monkeypatch.setenv("GEMINI_API_KEY", KEY)
-    server.pages["/gemini"] = answering(
-        {"candidates": [{"content": {"parts": [{"text": "4"}]}, "finishReason": "STOP"}]}
-    )
+    candidate = {"content": {"parts": [{"text": "4"}]}, "finishReason": "STOP"}
+    server.pages["/gemini"] = answering({"candidates": [candidate]})
     assert call(client(), 'Google_Search(query="2 + 2")') == ("4", True)
     server.pages["/gemini"] = answering({"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": {}})
     assert call(client(), 'Google_Search(query="bad")') == ("Error: Google gives no answer (PROHIBITED_CONTENT)", False)
@@ -411,8 +395,8 @@ def test_a_page_gives_its_best_passages(server, client):
     assert "Cookie" not in server.seen[0][1] and "Authorization" not in server.seen[0][1]
 
 
-def test_a_page_without_a_word_of_the_query_gives_its_beginning(server, client):
-    server.pages["/"] = (200, {}, f"<p>Beginning. {FILLER}".encode())
+def test_a_page_without_type_or_word_of_the_query_gives_its_beginning(server, client):
+    server.pages["/"] = (200, {"Content-Type": None}, f"<p>Beginning. {FILLER}".encode())
     text, ok = read(client(), server.url, "xyzzy")
     assert ok and "Beginning. word0" in text and len(text.split()) < 3 * 210
 
@@ -485,25 +469,13 @@ def test_what_a_page_does_wrong_is_a_failure(server, client, page, message):
     assert not ok and text.startswith("Error: cannot read the page: ") and message in text
 
 
-def test_a_page_without_a_type_is_taken_for_html(server, client):
-    server.pages["/"] = (200, {"Content-Type": None}, b"<p>hello")
-    assert read(client(), server.url) == (f"({server.url}/)\nhello", True)
-
-
-def test_redirects_are_followed(server, client):
+def test_redirects_are_followed_and_a_page_gets_another_chance(server, client):
     for n, target in enumerate(["/1", "2", "./3?x=1", f"{server.url}/4", f"//{urlsplit(server.url).netloc}/end"]):
         server.pages[f"/{n}"] = ([301, 302, 303, 307, 308][n], {"Location": target, "Set-Cookie": "a=b"}, b"moved")
-    server.pages["/end"] = (200, {}, b"<p>arrived")
+    ends = [None, (503, {}, b""), (200, {}, b"<p>arrived")]
+    server.pages["/end"] = lambda *_: ends.pop(0)
     assert read(client(), f"{server.url}/0") == (f"({server.url}/end)\narrived", True)
     assert not any("Cookie" in headers for _, headers, _ in server.seen)
-
-
-def test_a_page_gets_another_chance(server, client):
-    def flaky(handler, *_):
-        return [None, (503, {}, b""), (200, {}, b"<p>there")][len(server.seen) - 1]
-
-    server.pages["/"] = flaky
-    assert read(client(), server.url) == (f"({server.url}/)\nthere", True)
 
 
 def raw(*chunks: bytes, pause: float = 0.0, forever: bytes = b""):
@@ -526,16 +498,18 @@ def raw(*chunks: bytes, pause: float = 0.0, forever: bytes = b""):
 OK_LINE = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
 
 
-def test_of_an_endless_page_the_beginning_is_read(server, client):
-    server.pages["/"] = raw(OK_LINE, b"\r\n<p>the zither ", forever=b"again and again " * 4096)
+@pytest.mark.parametrize(
+    "page",
+    [
+        raw(OK_LINE, b"\r\n<p>zither ", forever=b"again and again " * 4096),
+        raw(OK_LINE, b"Transfer-Encoding: chunked\r\n\r\n", forever=b"1000\r\n" + b"zither " * 585 + b"z\r\n"),
+        raw(OK_LINE, b"Content-Length: 99999999999\r\n\r\n", forever=b"<p>zither " * 4096),
+    ],
+)
+def test_of_an_endless_page_the_beginning_is_read(server, client, page):
+    server.pages["/"] = page
     text, ok = read(client(max_bytes=300_000), server.url, "zither")
-    assert ok and "the zither again" in text
-    server.pages["/"] = raw(
-        OK_LINE, b"Transfer-Encoding: chunked\r\n\r\n", forever=b"1000\r\n" + b"zither " * 585 + b"z\r\n"
-    )
-    assert read(client(max_bytes=300_000), f"{server.url}/?2", "zither")[1]
-    server.pages["/"] = raw(OK_LINE, b"Content-Length: 99999999999\r\n\r\n", forever=b"<p>zither " * 4096)
-    assert read(client(max_bytes=300_000), f"{server.url}/?3", "zither")[1]
+    assert ok and "zither" in text
 
 
 def test_a_page_that_breaks_off_is_tried_again_and_not_kept(server, client):
@@ -546,26 +520,20 @@ def test_a_page_that_breaks_off_is_tried_again_and_not_kept(server, client):
     assert read(client(), server.url) == (f"({server.url}/)\nthe whole", True)
 
 
-@pytest.mark.parametrize(
-    "page",
-    {
-        "body": raw(OK_LINE, b"\r\n", forever=b"x", pause=0.05),
-        "headers": raw(OK_LINE, forever=b"x", pause=0.05),
-        "status line": raw(forever=b"x", pause=0.05),
-        "1xx forever": raw(forever=b"HTTP/1.1 100 Continue\r\n\r\n", pause=0.01),
-        "chunks": raw(OK_LINE, b"Transfer-Encoding: chunked\r\n\r\n", forever=b"1\r\nx\r\n", pause=0.05),
-        "trailers": raw(OK_LINE, b"Transfer-Encoding: chunked\r\n\r\n0\r\n", forever=b"a: b\r\n", pause=0.01),
-        "silence": raw(pause=0.01, forever=b""),
-    }.items(),
-    ids=lambda item: item[0],
-)
-def test_the_whole_page_has_one_time_limit(server, client, page):
-    name, page = page
-    server.pages["/"] = (lambda *_: time.sleep(2)) if name == "silence" else page
-    start = time.monotonic()
-    text, ok = read(client(timeout_s=0.4), server.url)
-    assert time.monotonic() - start < 1.2
-    assert not ok and "it took longer than 0.4 s" in text
+def test_the_whole_page_has_one_time_limit(server, client):
+    chunked = OK_LINE + b"Transfer-Encoding: chunked\r\n\r\n"
+    server.pages |= {
+        "/body": raw(OK_LINE, b"\r\n", forever=b"x", pause=0.05),
+        "/headers": raw(OK_LINE, forever=b"x", pause=0.05),
+        "/status_line": raw(forever=b"x", pause=0.05),
+        "/1xx_forever": raw(forever=b"HTTP/1.1 100 Continue\r\n\r\n", pause=0.01),
+        "/chunks": raw(chunked, forever=b"1\r\nx\r\n", pause=0.05),
+        "/trailers": raw(chunked, b"0\r\n", forever=b"a: b\r\n", pause=0.01),
+        "/silence": lambda *_: time.sleep(2),
+    }
+    commands = [f'Web_Search(url="{server.url}{path}", query="x")' for path in server.pages]
+    results, seconds, _ = together(client(timeout_s=0.4), commands)
+    assert results == [("Error: cannot read the page: it took longer than 0.4 s", False)] * 7 and seconds < 1.2
 
 
 @pytest.mark.parametrize(
@@ -586,80 +554,36 @@ def test_broken_http_is_a_failure(server, client, page):
 
 
 def test_hostile_html_is_parsed_in_time():
-    bombs = [
-        b"<div>",
-        b"<b>",
-        b"<form><p><a>",
-        b"<table><tr><td>",
-        b"<b><i>x</b>",
-        b"<p>x",
-        b"<",
-        b"&",
-        b"<a href=/>x</a> ",
-    ]
-    for bomb in bombs:
+    bombs = [b"<div>", b"<b>", b"<form><p><a>", b"<table><tr><td>", b"<b><i>x</b>", b"<p>x", b"<a href=/>x</a> "]
+    for bomb in (*bombs, b"<", b"&"):
         start = time.process_time()
-        try:
+        with suppress(web.PageError):
             readable(bomb * (1_000_000 // len(bomb)), "text/html")
-        except web.PageError:
-            pass
         assert time.process_time() - start < 3, bomb
 
 
 # --- addresses that a model must not reach ----------------------------------------------------------------------------
 
-PORT = "{port}"
 LOCAL = [
-    "http://127.0.0.1:{port}/",
-    "http://localhost:{port}/",
-    "http://127.1:{port}/",
-    "http://2130706433:{port}/",
-    "http://0x7f000001:{port}/",
-    "http://0x7f.1:{port}/",
-    "http://0177.0.0.1:{port}/",
-    "http://0.0.0.0:{port}/",
-    "http://0:{port}/",
-    "http://127.255.255.254:{port}/",
-    "http://[::1]:{port}/",
-    "http://[::]:{port}/",
-    "http://[::ffff:127.0.0.1]:{port}/",
-    "http://[::ffff:7f00:1]:{port}/",
-    "http://[0:0:0:0:0:ffff:127.0.0.1]:{port}/",
-    "http://[::127.0.0.1]:{port}/",
-    "http://[64:ff9b::7f00:1]:{port}/",
-    "http://[2002:7f00:1::]:{port}/",
-    "http://example.com@127.0.0.1:{port}/",
-    "http://example.com:80@127.0.0.1:{port}/",
-    "http://user:password@localhost:{port}/",
-    "http://127.0.0.1:{port}#@example.com/",
-    "http://127.0.0.1:{port}?@example.com/",
-    " \thttp://127.0.0.1:{port}/",
-    "HTTP://127.0.0.1:{port}/",
-    "https://127.0.0.1:{port}/",
-    "http://10.0.0.1:{port}/",
-    "http://172.16.0.1/",
-    "http://192.168.1.1/",
-    "http://169.254.169.254/latest/meta-data/",
-    "http://100.64.0.1/",
-    "http://100.100.100.200/",
-    "http://198.18.0.1/",
-    "http://224.0.0.1/",
-    "http://240.0.0.1/",
-    "http://255.255.255.255/",
-    "http://[fd00:ec2::254]/latest/meta-data/",
-    "http://[ff02::1]/",
-    "http://[fec0::1]/",
-    "http://[2001:db8::1]/",
-    "http://[2001::1]/",
-]
+    "http://127.0.0.1:{port}/", "http://localhost:{port}/", "http://127.1:{port}/", "http://2130706433:{port}/",
+    "http://0x7f000001:{port}/", "http://0x7f.1:{port}/", "http://0177.0.0.1:{port}/", "http://0.0.0.0:{port}/",
+    "http://0:{port}/", "http://127.255.255.254:{port}/", "http://[::1]:{port}/", "http://[::]:{port}/",
+    "http://[::ffff:127.0.0.1]:{port}/", "http://[::ffff:7f00:1]:{port}/", "http://[0:0:0:0:0:ffff:127.0.0.1]:{port}/",
+    "http://[::127.0.0.1]:{port}/", "http://[64:ff9b::7f00:1]:{port}/", "http://[2002:7f00:1::]:{port}/",
+    "http://example.com@127.0.0.1:{port}/", "http://example.com:80@127.0.0.1:{port}/",
+    "http://user:password@localhost:{port}/", "http://127.0.0.1:{port}#@example.com/",
+    "http://127.0.0.1:{port}?@example.com/", " \thttp://127.0.0.1:{port}/", "HTTP://127.0.0.1:{port}/",
+    "https://127.0.0.1:{port}/", "http://10.0.0.1:{port}/", "http://172.16.0.1/", "http://192.168.1.1/",
+    "http://169.254.169.254/latest/meta-data/", "http://100.64.0.1/", "http://100.100.100.200/", "http://198.18.0.1/",
+    "http://224.0.0.1/", "http://240.0.0.1/", "http://255.255.255.255/", "http://[fd00:ec2::254]/latest/meta-data/",
+    "http://[ff02::1]/", "http://[fec0::1]/", "http://[2001:db8::1]/", "http://[2001::1]/",
+]  # fmt: skip
 NO_URLS = [
     "", " ", "/etc/passwd", "file:///etc/passwd", "file://localhost/etc/passwd", "gopher://127.0.0.1:{port}/_GET",
     "ftp://127.0.0.1/", "dict://127.0.0.1:{port}/", "data:text/html,hi", "javascript:alert(1)", "http:", "http://",
     "http:///", "http://:{port}/", "http://[::1", "http://127.0.0.1:99999/", "http://127.0.0.1:port/", "//127.0.0.1/",
     "127.0.0.1:{port}", "http+unix://%2Fvar%2Frun%2Fdocker.sock/", "httpx://127.0.0.1:{port}/", "ws://127.0.0.1/",
 ]  # fmt: skip
-
-
 ODD_HOSTS = [  # refused for one reason or another: not all resolvers know them
     "http://LOCALHOST.:{port}/", "http://[fe80::1%25lo]:{port}/", "http://①②⑦.⓪.⓪.①:{port}/", "http://a b/", "http://*/",
     "http://１２７.0.0.1:{port}/", "http://127。0。0。1:{port}/", "http://exa\\mple/", "http://a\r\nHost: b/", "http://\x00/",
@@ -668,26 +592,16 @@ ODD_HOSTS = [  # refused for one reason or another: not all resolvers know them
 ]  # fmt: skip
 
 
-def test_private_addresses_are_refused(server, client):
-    assert not Web().allow_private and not Config().web_private and not EvalConfig().web_private
+@pytest.mark.parametrize(
+    "urls, message",
+    [(LOCAL, "is not a public address"), (NO_URLS, "is not an http:// or https:// URL"), (ODD_HOSTS, "")],
+)
+def test_what_a_model_must_not_open_is_refused(server, client, urls, message):
     strict = client(allow_private=False)
-    for url in LOCAL:
+    for url in urls:
         text, ok = read(strict, url.format(port=server.server_port))
-        assert not ok and "not a public address" in text and not server.seen, url
-
-
-def test_what_is_no_url_is_refused(server, client):
-    for careful in (client(allow_private=False), client(cache="")):
-        for url in NO_URLS:
-            text, ok = read(careful, url.format(port=server.server_port))
-            assert not ok and "is not an http:// or https:// URL" in text and not server.seen, url
-
-
-def test_odd_hosts_are_failures(server, client):
-    strict = client(allow_private=False)
-    for url in ODD_HOSTS:
-        text, ok = read(strict, url.format(port=server.server_port))
-        assert not ok and text.startswith("Error: cannot read the page: ") and not server.seen, url
+        assert not ok and text.startswith("Error: cannot read the page: ") and message in text, url
+    assert not server.seen
 
 
 def test_no_header_is_smuggled_in_by_a_url(server, client):
@@ -721,6 +635,7 @@ def test_a_public_host_is_connected_by_the_address_that_was_checked(server, clie
     names, connected = internet
     names["site.test"] = [PUBLIC]
     server.pages["/"] = (200, {}, b"<p>public")
+    assert all(map(is_public, [PUBLIC, "8.8.8.8", "2606:2800:220:1:248:1893:25c8:1946", "2a00:1450:4001:81b::200e"]))
     url = f"http://site.test:{server.server_port}/"
     assert read(client(allow_private=False), url) == (f"({url})\npublic", True)
     assert connected == [PUBLIC] and server.seen[0][1]["Host"] == f"site.test:{server.server_port}"
@@ -765,10 +680,6 @@ def test_a_second_address_is_tried(server, client, internet):
     names["site.test"] = ["127.0.0.2", "127.0.0.1"]  # nobody listens at the first
     server.pages["/"] = (200, {}, b"<p>ok")
     assert read(client(), f"http://site.test:{server.server_port}/")[1] and connected == ["127.0.0.2", "127.0.0.1"]
-
-
-def test_public_addresses():
-    assert all(map(is_public, [PUBLIC, "8.8.8.8", "2606:2800:220:1:248:1893:25c8:1946", "2a00:1450:4001:81b::200e"]))
 
 
 @pytest.fixture
@@ -818,7 +729,7 @@ def test_a_tls_handshake_has_the_time_limit_too(client):
 # --- whose fault it is ------------------------------------------------------------------------------------------------
 
 
-def test_a_dead_host_is_the_models_mistake(server, client, internet):
+def test_a_dead_host_is_the_models_mistake_but_not_a_dead_network(server, client, internet):
     names, _ = internet
 
     def unknown():
@@ -834,21 +745,10 @@ def test_a_dead_host_is_the_models_mistake(server, client, internet):
     text, ok = read(client(), "http://broken.test/")
     assert not ok and "Temporary failure" in text
     with closing(socket.create_server(("127.0.0.1", 0))) as unused:
-        port = unused.getsockname()[1]
-    assert "refused" in read(client(), f"http://127.0.0.1:{port}/")[0]
-
-
-def test_a_dead_network_is_not(server, client, internet):
-    names, _ = internet
-
-    def broken():
-        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-
-    names["site.test"] = broken
-    with closing(socket.create_server(("127.0.0.1", 0))) as unused:
         nobody = f"http://127.0.0.1:{unused.getsockname()[1]}/"
-    with pytest.raises(UserError, match="no network: neither site.test nor 127.0.0.1 can be reached"):
-        read(client(wikipedia=nobody), "http://site.test/")
+    assert "refused" in read(client(), nobody)[0]
+    with pytest.raises(UserError, match="no network: neither broken.test nor 127.0.0.1 can be reached"):
+        read(client(wikipedia=nobody, cache=""), "http://broken.test/")
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -887,16 +787,10 @@ def test_a_frozen_cache_touches_no_network(server, client, monkeypatch, tmp_path
     assert [call(client(frozen=True), command) for command in commands] == first
     before = everything_stored(tmp_path)
     for command in ('Wikipedia_Search(query="other")', 'Web_Search(url="http://127.0.0.1:1/", query="x")'):
-        with pytest.raises(UserError, match="has no answer to .*run once without --web_frozen") as error:
+        with pytest.raises(UserError, match="has no answer to .*run once without WEB_FROZEN") as error:
             call(client(frozen=True), command)
         assert "\n" not in str(error.value)
     assert everything_stored(tmp_path) == before
-
-
-def test_only_a_folder_can_be_frozen(tmp_path):
-    for cache in ("", tmp_path / "none"):
-        with pytest.raises(UserError, match="there is no web cache at"):
-            Web(cache, frozen=True)
 
 
 def test_errors_are_tried_again_unless_frozen(server, client):
@@ -953,59 +847,27 @@ def test_processes_share_a_cache(server, client, tmp_path):
 # --- many at once -----------------------------------------------------------------------------------------------------
 
 
-def together(client: Web, commands: list[str]) -> tuple[list, float, int]:
-    """Results, seconds, and how often another coroutine had its turn meanwhile."""
-    env = environment_of(client)
-    turns = 0
-
-    async def other():
-        nonlocal turns
-        while True:
-            await asyncio.sleep(0.005)
-            turns += 1
-
-    async def run():
-        ticker = asyncio.ensure_future(other())
-        start = time.perf_counter()
-        results = await asyncio.gather(*(run_tool(env, parse_command(c, WEB_TOOLS)) for c in commands))
-        seconds = time.perf_counter() - start
-        ticker.cancel()
-        return results, seconds, turns
-
-    return asyncio.run(run())
-
-
-def test_64_calls_of_a_slow_tool_run_at_once(server, client):
+@pytest.mark.parametrize(
+    "path, command",
+    [("/gemini", 'Google_Search(query="cup {n}")'), ("/slow", 'Web_Search("{url}/slow?n={n}", "page")')],
+)
+def test_64_slow_calls_run_at_once(server, client, monkeypatch, path, command):
     def slow(handler, query, _):
         time.sleep(0.2)
-        return 200, {}, f"<p>page {query['n']}".encode()
-
-    server.pages["/slow"] = slow
-    urls = [f"{server.url}/slow?n={n}" for n in range(64)]
-    measured = []
-    for _ in range(3):  # other tests share the machine: the fastest counts
-        results, *seconds_and_turns = together(
-            client(cache=""), [f'Web_Search(url="{url}", query="page")' for url in urls]
-        )
-        assert results == [(f"({url})\npage {n}", True) for n, url in enumerate(urls)]
-        measured.append(seconds_and_turns)
-    assert min(measured)[0] < 1 and min(measured)[1] > 15, measured
-
-
-def test_64_searches_run_at_once(server, client, monkeypatch):
-    def slow(*_):
-        time.sleep(0.2)
-        return answering(GROUNDED)
+        return answering(GROUNDED) if path == "/gemini" else (200, {}, f"<p>page {query['n']}".encode())
 
     monkeypatch.setenv("GEMINI_API_KEY", KEY)
-    server.pages["/gemini"] = slow
+    server.pages[path] = slow
+    commands = [command.format(url=server.url, n=n) for n in range(64)]
     measured = []
-    for _ in range(3):
+    while len(measured) < 3 and not (measured and measured[-1][0] < 1):  # other processes share the machine
         server.seen.clear()
-        results, *seconds_and_turns = together(client(cache=""), [f'Google_Search(query="cup {n}")' for n in range(64)])
+        results, *seconds_and_turns = together(client(cache=""), commands)
         assert all(ok for _, ok in results) and len(server.seen) == 64
         measured.append(seconds_and_turns)
-    assert min(measured)[0] < 1 and min(measured)[1] > 15, measured
+    assert path == "/gemini" or results == [(f"({server.url}/slow?n={n})\npage {n}", True) for n in range(64)]
+    seconds, turns = measured[-1]
+    assert seconds < 1 and turns > 15, measured
 
 
 def test_a_group_that_asks_the_same_asks_once(server, client):
@@ -1042,59 +904,69 @@ def test_the_best_passages_of_all_pages():
     assert best_passages([], "x") == {}
 
 
-# --- which tools a run offers -----------------------------------------------------------------------------------------
+# --- the tools of a run -----------------------------------------------------------------------------------------------
+
+NAMES = ["lab.web.Wikipedia_Search", "lab.web.Web_Search", "lab.web.Google_Search"]
 
 
-def test_tools_are_chosen_by_name(capsys, monkeypatch):
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A process that has not made its client yet, and an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    web.client.cache_clear()
+    yield
+    web.client.cache_clear()
+
+
+def test_a_run_names_the_tools_and_one_line_prints_their_settings(fresh, capsys, monkeypatch):
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
-    names = ["Google_Search", "Search", "Web_Search", "Wikipedia_Search"]
-    assert list(select_tools(names, Web())) == names and not capsys.readouterr().out
-    with pytest.raises(
-        UserError, match="no Serch, X; there are Base_Generator, Python_Coder, Search, Wikipedia_Search"
-    ):
-        select_tools(["Serch", "Search", "X"], Web())
-    assert select_tools(list(TOOLS), Web()) == TOOLS
+    assert list(find_tools(["Search", *NAMES])) == ["Search", "Wikipedia_Search", "Web_Search", "Google_Search"]
+    line = "lab.web: WEB_CACHE=web_cache WEB_FROZEN=0 WEB_SUMMARY=0 WEB_PRIVATE=0; keys: GOOGLE_API_KEY\n"
+    assert capsys.readouterr().out == line
+    chosen = web.client()
+    assert chosen is web.client() and chosen.cache == Path("web_cache") and chosen.google_key == KEY
+    assert not (chosen.frozen or chosen.summary or chosen.allow_private)
 
 
-def test_a_search_in_another_world_is_named(capsys):
-    assert "Search" in select_tools(list(TOOLS), Web(), corpus_fits=False)
-    [line] = capsys.readouterr().out.splitlines()
-    assert "--corpus" in line and "--tools" in line
-    select_tools(["Base_Generator"], Web(), corpus_fits=False)
-    assert not capsys.readouterr().out
+def test_the_settings_come_from_the_environment(fresh, capsys, monkeypatch, tmp_path):
+    (tmp_path / "stored").mkdir()
+    for name, value in {"CACHE": "stored", "FROZEN": "1", "SUMMARY": "1", "PRIVATE": "0"}.items():
+        monkeypatch.setenv(f"WEB_{name}", value)
+    assert list(find_tools(NAMES[2:])) == ["Google_Search"]  # needs no key: the cache answers
+    chosen = web.client()
+    assert chosen.cache == Path("stored") and chosen.frozen and chosen.summary and not chosen.allow_private
+    assert "WEB_CACHE=stored WEB_FROZEN=1 WEB_SUMMARY=1 WEB_PRIVATE=0; keys: none\n" in capsys.readouterr().out
+    web.client.cache_clear()
+    for name, value in {"CACHE": "", "FROZEN": "", "SUMMARY": "0", "PRIVATE": "1"}.items():
+        monkeypatch.setenv(f"WEB_{name}", value)
+    chosen = web.client()
+    assert chosen.cache is None and not chosen.frozen and not chosen.summary and chosen.allow_private
 
 
-def test_without_a_key_google_is_not_offered(capsys, tmp_path):
-    assert list(select_tools(["Search", "Google_Search"], Web())) == ["Search"]
-    [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("Google_Search is not offered") and "GEMINI_API_KEY" in line
-    assert list(select_tools(["Google_Search"], Web(tmp_path, frozen=True))) == ["Google_Search"]
-    with pytest.raises(UserError, match="no tool is left"):
-        select_tools(["Google_Search"], Web())
+@pytest.mark.parametrize(
+    "variables, name, message",
+    [
+        ({}, NAMES[2], "Google_Search needs GOOGLE_API_KEY or GEMINI_API_KEY: .* leave Google_Search out of --tools"),
+        ({"GEMINI_API_KEY": " "}, NAMES[2], "Google_Search needs"),
+        ({"WEB_FROZEN": "1"}, NAMES[0], "WEB_FROZEN=1 needs a filled cache, and WEB_CACHE=web_cache is no folder"),
+        ({"WEB_FROZEN": "1", "WEB_CACHE": ""}, NAMES[0], "WEB_FROZEN=1 needs a filled cache"),
+        ({"WEB_FROZEN": "yes"}, NAMES[0], "WEB_FROZEN=yes in the environment: write 1 for on, or 0 for off"),
+        ({}, "lab.web.Searsh", "there is no lab.web.Searsh .*Wikipedia_Search, Web_Search, Google_Search"),
+    ],
+)
+def test_wrong_settings_end_a_run_before_it_begins(fresh, monkeypatch, variables, name, message):
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=message) as error:
+        find_tools(["Search", name])
+    assert "\n" not in str(error.value)
 
 
-def test_scripts_refuse_an_unknown_tool_before_they_start(tmp_path):
-    import train
-
-    with pytest.raises(UserError, match="there is no Searsh"):
-        evaluation.main(evaluation.EvalConfig(tools=["Searsh"]))
-    with pytest.raises(UserError, match="there is no Searsh"):
-        train.main(train.Config(tools=["Searsh"], run_dir=str(tmp_path / "run")))
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_planner_is_told_of_the_chosen_tools_alone():
-    box = agent.toolbox({name: (TOOLS | WEB_TOOLS)[name] for name in ("Web_Search", "Search")})
-    first, second = box.split("\n")
-    assert first.startswith("Web_Search(url: str, query: str): Opens one web page") and second.startswith(
-        "Search(query"
-    )
-    assert all("Limits:" in line and "env" not in line for line in agent.toolbox(WEB_TOOLS).split("\n"))
-    plan = "Sub-Goal: find it\nTool Name: wikipedia search tool"
-    assert agent.parse_plan(plan.replace(" search tool", "_search_tool"), WEB_TOOLS).tool == "Wikipedia_Search"
-    assert agent.parse_plan("Sub-Goal: x\nTool Name: Wikipedia Search").tool == "Wikipedia_Search"
-    with pytest.raises(CommandError, match=r'one call of Web_Search, such as Web_Search\(url="...", query="..."\)'):
-        parse_command('Search(query="x")', {"Web_Search": WEB_TOOLS["Web_Search"]})
+def test_the_planner_is_told_of_the_tools():
+    lines = agent.toolbox(WEB_TOOLS).split("\n")
+    assert lines[1].startswith("Web_Search(url: str, query: str): Opens one web page")
+    assert all("Limits:" in line and "env" not in line for line in lines) and len(lines) == 3
+    assert agent.parse_plan("Sub-Goal: x\nTool Name: wikipedia_search_tool", WEB_TOOLS).tool == "Wikipedia_Search"
 
 
 class Scripted:
@@ -1108,38 +980,31 @@ class Scripted:
         return [len(self.prompts) - 1]
 
     def generate_batch(self, requests):
-        return [Completion([0], [1], [0.0], self._text(self.prompts[r.prompt_ids[0]]), "stop") for r in requests]
+        texts = [self._text(self.prompts[request.prompt_ids[0]]) for request in requests]
+        return [Completion([0], [1], [0.0], text, "stop", (1, 1)) for text in texts]
 
     def _text(self, prompt):
         return next(text for mark, text in self.texts.items() if mark in prompt)
 
 
-def system(client: Web, command: str) -> AgentSystem:
+def system(command: str) -> AgentSystem:
     plan = "Context: none\nSub-Goal: read the page\nTool Name: Web Search"
     frozen = Scripted(prepare="look", turn=command, check="Conclusion: STOP", Answer="<answer>green</answer>")
-    return AgentSystem(Scripted(plan=plan), frozen, None, None, tools=select_tools(["Web_Search"], client), web=client)
+    return AgentSystem(Scripted(plan=plan), frozen, None, None, tools=find_tools(["lab.web.Web_Search"]))
 
 
-def test_a_question_through_the_whole_system(server, client):
+def test_a_question_through_the_whole_system(fresh, server, monkeypatch):
+    monkeypatch.setenv("WEB_PRIVATE", "1")
     server.pages["/"] = (200, {}, b"<p>the zither is green")
-    solver = system(client(), f'Web_Search(url="{server.url}", query="zither")')
-    assert RULES["text"]("q", "green", "green")
-    result = evaluation.evaluate(solver, [Example("What colour?", "green")], 0.0, (0,))
+    examples, solver = [Example("What colour?", "green")], system(f'Web_Search(url="{server.url}", query="zither")')
+    result = evaluate(solver, examples, (0,))[0]
     assert result["accuracy"] == 1.0 and result["tool_shares"] == {"Web_Search": 1.0} and not result["tool_error_rate"]
-    assert "Web_Search" in evaluation.table({"a": result}) and "Python_Coder" not in evaluation.table({"a": result})
     assert any("the zither is green" in prompt for prompt in solver.frozen.prompts)
-    assert "Python_Coder" not in solver.planner.prompts[0]
     solver.frozen.texts["turn"] = f'Web_Search(url="{server.url}/none", query="zither")'
-    assert evaluation.evaluate(solver, [Example("What colour?", "green")], 0.0, (0,))["tool_error_rate"] == 1.0
+    assert evaluate(solver, examples, (0,))[0]["tool_error_rate"] == 1.0
+    solver.frozen.texts["turn"] = f'Web_Search(url="{server.url}/other", query="zither")'
 
-
-def test_an_evaluation_stops_when_a_frozen_cache_lacks_an_answer(client, tmp_path):
-    (tmp_path / "cache").mkdir()
-    solver = system(client(frozen=True), 'Web_Search(url="http://a.test/", query="x")')
+    monkeypatch.setenv("WEB_FROZEN", "1")
+    web.client.cache_clear()
     with pytest.raises(UserError, match="has no answer to"):
-        evaluation.evaluate(solver, [Example("What colour?", "green")], 0.0, (0,))
-
-
-def test_failures_are_failures(client):
-    text = asyncio.run(WEB_TOOLS["Web_Search"](environment_of(client()), "file:///", "x"))
-    assert isinstance(text, Failure)
+        evaluate(solver, examples, (0,))

@@ -1,24 +1,24 @@
 """Train the bundled backbone from scratch: a tiny Qwen2 that speaks the language of the agent, in other worlds.
 
-    python -m tinyworld.pretrain                 # writes tinyworld/backbone/, 20 minutes on a CPU core
-    python -m tinyworld.pretrain --check         # measures the backbone that is there, on the test split
+    python -m lab.pretrain             # writes tinyworld/backbone/; 20 minutes on one CPU core
+    python -m lab.pretrain --check     # measures the backbone that is there, on the test split
 
 A `Teacher` that knows the facts plays all modules through the real `agent.solve()`, so the prompts are the agent's own,
-to the letter. As executor, verifier, generator and tools' model it is perfect. As a planner it is clumsy on purpose:
-its steps are well-formed and it notes what is still missing, but it prefers the wrong tool, sticks to the tool it used
-last, and picks its goals from anything in view. The backbone learns to imitate all of that; Flow-GRPO then has
-planning, and only planning, left to teach.
+to the letter. As executor, verifier, generator and tools' model it is perfect. As a planner it is clumsy on purpose.
+Its steps are well-formed, and it notes what is still missing. But it prefers the wrong tool, sticks to the tool it used
+last, and picks its goals from anything in view. The backbone learns to imitate all of that. Planning, and only
+planning, is then left for Flow-GRPO to teach.
 """
 
-import argparse
 import math
 import random
 import re
 import string
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -27,14 +27,43 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qw
 
 import agent
 import tools
-from eval import evaluate, table
+from eval import evaluate, run_main, setting, table
 from llm import Completion, Request, TransformersEngine
-from tasks import load_corpus, load_examples
+from sandbox import Sandbox
+from tasks import Corpus, load_corpus, load_examples
 from tinyworld import world as w
 from tinyworld.world import NAMES, OPERATIONS, Question, World, ideal_plan
 
-BACKBONE = Path(__file__).parent / "backbone"
+BACKBONE = Path(__file__).parent.parent / "tinyworld" / "backbone"
 TEST_WORLD = 0  # its facts never occur in a pretraining world
+
+
+@dataclass
+class PretrainConfig:
+    out: str = setting("tinyworld/backbone", "folder to write the model to, or to check")
+    check: bool = setting(False, "whether to train nothing and only measure the model in --out")
+    from_stage: int = setting(1, "stage to begin with, 1 or 2; the second continues the model in --out")
+    layers: int = setting(3, "layers of the model, at least 2")
+    share: float = setting(1.0, "share of each stage's steps; below 1 the model is worse")
+    rows_per_step: int = setting(64, "prompts with their completions per optimizer step")
+    lr: float = setting(1e-3, "peak learning rate of AdamW, for embeddings, norms and biases")
+    muon_lr: float = setting(0.02, "peak learning rate of Muon, for the matrices of the layers")
+    seed: int = setting(0, "seed of the weights, the worlds and the order of rows")
+
+
+def main(config: PretrainConfig) -> None:
+    if not config.check:
+        make_backbone(config)
+    check(Path(config.out))
+
+
+def make_backbone(config: PretrainConfig) -> None:
+    """All stages, from random weights or from the model of the stage before."""
+    if config.from_stage == 1:
+        new_model(Path(config.out), config.seed, config.layers)
+    for number in range(config.from_stage - 1, len(STAGES)):
+        train_stage(number, config)
+
 
 # --- the teacher ------------------------------------------------------------------------------------------------------
 
@@ -61,9 +90,9 @@ TOOL_HABITS = {  # what a clumsy planner reaches for, by kind of goal
     "compute from results": {"Base_Generator": 0.51, "Search": 0.05, "Python_Coder": 0.42, NO_TOOL: 0.02},
 }
 STICKY = 0.7  # chance to use the tool of the last step again, when it suits the habit
+# Chance that a clumsy goal is the right one; else it is picked at random from what is in view. It is higher if a random
+# plan would never succeed: a family in which no rollout succeeds gives Flow-GRPO nothing to compare.
 INSIGHT = {"lookup": 0.2, "two-hop": 0.4, "three-hop": 0.65, "difference": 0.85, "earlier": 0.85, "arithmetic": 0.5}
-# chance that a clumsy goal is the right one, else it is picked at random from what is in view: higher where a random
-# plan would never succeed, since a family in which no rollout succeeds gives Flow-GRPO nothing to compare
 
 
 class Teacher:
@@ -75,22 +104,23 @@ class Teacher:
         self.rows: list[tuple[str, str, str]] = []  # (role, prompt, completion)
 
     async def plan(self, prompt: str) -> Completion:
-        """The row to learn is always clumsy; the step that is run may be ideal, so that good states are seen too."""
+        """The row to learn is always clumsy. The step that runs may be ideal, so that good states are seen too."""
         self.rows.append(("planner", prompt, self.clumsy_plan(prompt)))
         why, missing = self.findings(prompt)
         use_ideal = missing is not None and self.rng.random() < self.skill
         text = render_plan(why, missing) if use_ideal else self.clumsy_plan(prompt)
-        return Completion([], [], [], text, "stop")
+        return Completion([], [], [], text, "stop", usage=(0, 0))
 
     async def ask(self, role: str, prompt: str) -> str:
-        self.rows.append((role, prompt, text := getattr(self, role)(prompt)))
+        text = getattr(self, role)(prompt)
+        self.rows.append((role, prompt, text))
         return text
 
     # What the memory already holds, and what an ideal planner would do next.
 
     def findings(self, prompt: str) -> tuple[str, w.Step | None]:
-        """The line of facts that planner, verifier and generator write, up to the first that is unknown, and the step
-        that would find that one."""
+        """(the line of facts that planner, verifier and generator write, up to the first unknown one; the step that
+        would find that one, None if nothing is missing)."""
         facts = []
         for step in ideal_plan(self.question):
             if not self.is_done(step, prompt):
@@ -148,7 +178,7 @@ class Teacher:
         return render_plan(why, goal._replace(tool=tool))
 
     def random_goal(self, prompt: str) -> w.Step:
-        """Anything that is in view: an entity with a relation of the question, or two numbers with some operation."""
+        """A goal from anything in view: an entity with a relation of the question, or two numbers with an operation."""
         asked = self.question.question
         relations = [r for r in RELATIONS if f"the {r}" in asked]
         if not relations:  # arithmetic
@@ -182,7 +212,7 @@ def calculate(left: str, operation: str, right: str) -> str:
 
 
 class TeacherSandbox:
-    """Stands for the sandbox while transcripts are made: the teacher's own programs print one term of two numbers."""
+    """Takes the sandbox's place while transcripts are made: the teacher's programs only print one term."""
 
     async def run(self, code: str) -> str:
         match = re.search(TERM, code)
@@ -190,16 +220,16 @@ class TeacherSandbox:
 
 
 def transcript(
-    question: Question, world: World, corpus: tools.Corpus, rng: random.Random, skill: float
+    question: Question, world: World, corpus: Corpus, rng: random.Random, skill: float
 ) -> tuple[Teacher, agent.Trajectory]:
     """Run the real loop with a teacher in all roles."""
     teacher = Teacher(question, world, rng, skill)
-    env = tools.ToolEnv(ask=teacher.ask, corpus=corpus, sandbox=TeacherSandbox())
+    env = tools.ToolEnv(teacher.ask, corpus, TeacherSandbox(), tools.TOOLS)
     return teacher, drive(agent.solve(question.question, teacher.plan, env))
 
 
-def drive(coroutine):
-    """Run a coroutine that never really waits, without the cost of an event loop."""
+def drive(coroutine: Coroutine) -> Any:
+    """The result of a coroutine that never really waits, without the cost of an event loop."""
     try:
         coroutine.send(None)
     except StopIteration as done:
@@ -210,7 +240,7 @@ def drive(coroutine):
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 EOS, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
-SPECIAL = (EOS, USER, ASSISTANT, "<|endoftext|>")  # the last is never used: every Qwen2 tokenizer adds it if it lacks
+SPECIAL = (EOS, USER, ASSISTANT, "<|endoftext|>")  # the last is never used, but a Qwen2 tokenizer adds it if it lacks
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
@@ -228,9 +258,8 @@ def prompt_texts() -> list[str]:
     prompts = [agent.ANALYST_PROMPT, agent.PLANNER_PROMPT, agent.EXECUTOR_PROMPT, agent.VERIFIER_PROMPT]
     prompts += [agent.GENERATOR_PROMPT, agent.MEMORY_STEP, agent.MEMORY_VERDICT]
     prompts += [tools.BASE_GENERATOR_PROMPT, tools.PYTHON_CODER_PROMPT]
-    return [text for prompt in prompts for text in literals(prompt)] + [
-        tools.tool_metadata(t) for t in tools.TOOLS.values()
-    ]
+    texts = [text for prompt in prompts for text in literals(prompt)]
+    return texts + [tools.tool_metadata(tool) for tool in tools.TOOLS.values()]
 
 
 def fixed_texts() -> list[str]:
@@ -273,9 +302,9 @@ def build_tokenizer(folder: Path) -> None:
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-SKILLS = (0.0, 0.5, 0.8, 0.95, 1.0)  # transcripts range from a clumsy planner's to a nearly ideal one's
+SKILLS = (0.0, 0.5, 0.8, 0.95, 1.0)  # transcripts come from clumsy planners, ideal ones, and some in between
 FAMILY_SHARES = {"lookup": 2, "two-hop": 3, "three-hop": 4, "difference": 3, "earlier": 3, "arithmetic": 3}
-# Share of the rows of each role that are kept, and of the generator's rows without an answer: many are much the same.
+# Share of each role's rows that is kept, and share of the generator's rows without an answer: many are much the same.
 KEEP = dict(analyst=0.05, base=0.05, executor=0.3, coder=0.6, planner=0.4, verifier=0.4, generator=1.0)
 KEEP_UNKNOWN = 0.3
 
@@ -285,21 +314,21 @@ class Stage:
     """Optimizer steps on one mix of rows, with a warm-up and a cosine decay of its own."""
 
     steps: int
-    lr_share: float  # of the peak learning rates
-    prompt_weight: float = 0.0  # of the loss on the prompts' own tokens, where copying is learned first
+    lr_share: float  # the stage's share of the peak learning rates
+    prompt_weight: float = 0.0  # weight of the loss on the prompts' own tokens, from which copying is learned first
 
 
 STAGES = (Stage(steps=550, lr_share=1.0, prompt_weight=0.3), Stage(steps=1000, lr_share=0.7))
 
 
 def row_stream(seed: int) -> Iterator[tuple[str, str, str]]:
-    """Endless (role, prompt, completion) rows, a new world every 100 questions, without any fact of the test world."""
+    """Endless rows (role, prompt, completion): a new world every 100 questions, and no fact of the test world."""
     rng = random.Random(f"pretrain {seed}")
     avoid = World(TEST_WORLD).all_facts()
     families, shares = list(FAMILY_SHARES), list(FAMILY_SHARES.values())
     for world_seed in range(1_000_000 * (seed + 1), 1_000_000 * (seed + 2)):
         world = World(world_seed, avoid)
-        corpus = tools.Corpus.from_articles(world.articles.items())
+        corpus = Corpus.from_articles(world.articles.items())
         for _ in range(100):
             question = world.sample_question(rng.choices(families, shares)[0], rng)
             teacher, _ = transcript(question, world, corpus, rng, rng.choice(SKILLS))
@@ -309,7 +338,9 @@ def row_stream(seed: int) -> Iterator[tuple[str, str, str]]:
                     yield role, prompt, completion
 
 
-def batch_stream(tokenizer, rows: Iterator, seed: int, rows_per_step: int, prompt_weight: float, parts: int = 4):
+def batch_stream(
+    tokenizer: Any, rows: Iterator, seed: int, rows_per_step: int, prompt_weight: float, parts: int = 4
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Endless steps, each a list of (ids (B, S), weights (B, S)): a random mix of rows, in parts of similar length.
 
     The weights of a step sum to 1 over the tokens to write, and to `prompt_weight` over the tokens of the prompts.
@@ -333,7 +364,9 @@ def batch_stream(tokenizer, rows: Iterator, seed: int, rows_per_step: int, promp
         yield step
 
 
-def encoder(tokenizer):
+def encoder(tokenizer: Any) -> Callable[[str, str], tuple[list[int], int]]:
+    """A function (prompt, completion) -> (ids of both in the chat template, how many of them are the prompt's)."""
+
     def encode(prompt: str, completion: str) -> tuple[list[int], int]:
         prompt_ids = tokenizer(f"{USER}{prompt}{ASSISTANT}")["input_ids"]
         return prompt_ids + tokenizer(f"{completion}{EOS}")["input_ids"], len(prompt_ids)
@@ -341,8 +374,8 @@ def encoder(tokenizer):
     return encode
 
 
-def new_model(out: Path, seed: int, layers: int = 3) -> None:
-    """Write the tokenizer and a model with random weights; the circuit that it begins with takes two layers."""
+def new_model(out: Path, seed: int, layers: int) -> None:
+    """Write the tokenizer and an untrained model to `out`. The circuit that it begins with takes two layers."""
     build_tokenizer(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     torch.manual_seed(seed)
@@ -372,9 +405,9 @@ def start_as_induction(model: Qwen2ForCausalLM) -> None:
     """Begin with the circuit that copies what followed an earlier, equal context ("induction heads", arXiv 2209.11895).
 
     Nearly all that the modules do is to look up and copy. From random weights a model this small needs thousands of
-    steps to find the circuit; from here it has looked up any fact after a hundred. Head h of layer 0 carries the token
-    h + 1 places back; head h of layer 1 looks for a place whose token h + 1 back is what its own query has h back, and
-    copies what stands there. All weights are trained on from there.
+    steps to find the circuit. From here it can look up any fact after a hundred steps. Head h of layer 0 carries the
+    token h + 1 places back. Head h of layer 1 looks for a place whose token h + 1 back is what its own query has h
+    back, and copies what stands there. Training changes all weights from there on.
     """
     (carry, match, *_), config = model.model.layers, model.config
     size, width, std = config.hidden_size // config.num_attention_heads, config.hidden_size, config.initializer_range
@@ -387,7 +420,7 @@ def start_as_induction(model: Qwen2ForCausalLM) -> None:
     carry.self_attn.k_proj.weight.mul_(0.1)
     for head in range(config.num_attention_heads):
         rows = slice(head * size, (head + 1) * size)
-        # A score of cos(frequency * (distance - (head + 1))), summed over frequencies, is largest at that distance.
+        # The score, a sum of cos(frequency * (distance - (head + 1))), is largest at the distance head + 1.
         query, key = carry.self_attn.q_proj.bias[rows], carry.self_attn.k_proj.bias[rows]
         query[: len(frequencies)] = 5 * torch.cos((head + 1) * frequencies)
         query[size // 2 : size // 2 + len(frequencies)] = -5 * torch.sin((head + 1) * frequencies)
@@ -402,8 +435,8 @@ def start_as_induction(model: Qwen2ForCausalLM) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal (kellerjordan.github.io/posts/muon), in float32 for all matrices of a
-    shape at once: on a CPU without bfloat16, `torch.optim.Muon` takes longer than the forward and backward passes.
+    """Momentum whose steps are made orthogonal (kellerjordan.github.io/posts/muon), in float32, for all matrices of one
+    shape at once. On a CPU without bfloat16, `torch.optim.Muon` takes longer than the forward and backward passes.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
@@ -435,24 +468,24 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def train_stage(out: Path, number: int, args: argparse.Namespace) -> None:
-    """Train the model in `out` on a stage's rows and write it back."""
-    stage, seed = STAGES[number], args.seed + number
-    stage = replace(stage, steps=max(1, round(args.share * stage.steps)))
+def train_stage(number: int, config: PretrainConfig) -> None:
+    """Train the model in --out on the rows of stage `number` and write it back."""
+    stage, seed, out = STAGES[number], config.seed + number, config.out
+    stage = replace(stage, steps=max(1, round(config.share * stage.steps)))
     tokenizer, model = AutoTokenizer.from_pretrained(out), Qwen2ForCausalLM.from_pretrained(out).train()
     # Muon for the matrices of the layers, AdamW for embeddings, norms and biases: fewer steps than AdamW alone.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
-        Muon(matrices, lr=stage.lr_share * args.muon_lr),
-        torch.optim.AdamW(others, lr=stage.lr_share * args.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        Muon(matrices, lr=stage.lr_share * config.muon_lr),
+        torch.optim.AdamW(others, lr=stage.lr_share * config.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
     def share_of_lr(step: int) -> float:  # warm-up, then cosine
         return min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / stage.steps)) / 2)
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr) for optimizer in optimizers]
-    batches = batch_stream(tokenizer, row_stream(seed), seed, args.rows_per_step, stage.prompt_weight)
+    batches = batch_stream(tokenizer, row_stream(seed), seed, config.rows_per_step, stage.prompt_weight)
     started, running = time.time(), None
     for _ in (bar := tqdm(range(stage.steps), desc=f"stage {number + 1} of {len(STAGES)}", unit="step")):
         total = 0.0
@@ -474,72 +507,49 @@ def train_stage(out: Path, number: int, args: argparse.Namespace) -> None:
     print(f"stage {number + 1}: {stage.steps} steps, {(time.time() - started) / 60:.1f} minutes, loss {running:.3f}")
 
 
-# --- what it reached --------------------------------------------------------------------------------------------------
+# --- what it has reached ----------------------------------------------------------------------------------------------
 
 
 class IdealPlanner:
-    """An engine that answers every planner prompt with the ideal next step; its prompt ids are the prompt itself."""
+    """An engine that answers planner prompts with the ideal next step, in a share `skill` of the turns. In the others
+    it plans as clumsily as the backbone was taught to. It knows no tokens: texts take the place of ids."""
 
-    def __init__(self, questions: list[Question], world: World):
-        self.teachers = {q.question: Teacher(q, world, random.Random(0), skill=1.0) for q in questions}
+    def __init__(self, questions: list[Question], world: World, skill: float = 1.0):
+        self.teachers = {q.question: Teacher(q, world, random.Random(0), skill) for q in questions}
 
     def encode(self, prompt: str) -> tuple[str]:
         return (prompt,)
 
     def generate_batch(self, requests: list[Request]) -> list[Completion]:
-        return [self._complete(request.prompt_ids[0]) for request in requests]
+        return [self._plan(request.prompt_ids[0], request.seed) for request in requests]
 
-    def _complete(self, prompt: str) -> Completion:
-        teacher = self.teachers[prompt.split("\nQuestion: ")[1].split("\n")[0]]
+    def _plan(self, prompt: str, seed: int) -> Completion:
+        question = prompt.split("\nQuestion: ")[1].split("\n")[0]
+        teacher = self.teachers[question]
+        teacher.rng = random.Random(seed)
         why, missing = teacher.findings(prompt)
-        text = render_plan(why, missing) if missing else "The plan is complete."
-        return Completion([prompt], [0], [0.0], text, "stop")
+        if teacher.rng.random() >= teacher.skill:
+            text = teacher.clumsy_plan(prompt)
+        else:
+            text = render_plan(why, missing) if missing else "The plan is complete."
+        return Completion([prompt], [text], [0.0], text, "stop", usage=(0, 0))
 
 
 def check(folder: Path) -> None:
-    """The requirements on the backbone, measured on the test split with the real tools."""
+    """Print what the backbone reaches on the test split, with the real tools: with ideal plans, and as a planner."""
     world, examples = World(TEST_WORLD), load_examples("tinyworld", "test")
-    engine, sandbox = TransformersEngine(folder), tools.Sandbox()
-    ideal = IdealPlanner(world.questions("test"), world)
-    systems = [agent.AgentSystem(planner, engine, load_corpus(), sandbox) for planner in (ideal, engine)]
-    results = {
-        "ideal plans": evaluate(systems[0], examples, 0.0, ("check",)),
-        "sampled, T = 1": evaluate(systems[1], examples, 1.0, ("check",)),
-        "greedy": evaluate(systems[1], examples, 0.0, ("check",)),
+    engine, ideal = TransformersEngine(folder), IdealPlanner(world.questions("test"), world)
+    system = agent.AgentSystem(engine, engine, load_corpus("tinyworld"), Sandbox())
+    systems = {
+        "ideal plans": replace(system, planner=ideal),
+        "sampled, T = 1": system,
+        "greedy": replace(system, temperature=0.0),
     }
+    results = {name: evaluate(system, examples, ("check",), name)[0] for name, system in systems.items()}
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     print(f"{folder}: {sum(p.numel() for p in engine.model.parameters()) / 1e6:.2f} M parameters, {size:.1f} MB")
     print(table(results))
 
 
-def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=BACKBONE, help="folder to write the model to, or to check")
-    parser.add_argument("--check", action="store_true", help="train nothing, measure the model in --out")
-    parser.add_argument("--from_stage", type=int, default=1, help="stage to begin with; above 1: on the model in --out")
-    parser.add_argument("--layers", type=int, default=3, help="layers of the model, at least 2")
-    parser.add_argument(
-        "--share", type=float, default=1.0, help="share of each stage's steps: below 1 is a worse model"
-    )
-    parser.add_argument("--rows_per_step", type=int, default=64, help="prompts with their completions in one step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW (embeddings) at its peak")
-    parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of Muon (matrices) at its peak")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the worlds and the order")
-    return parser
-
-
-def make_backbone(args: argparse.Namespace) -> None:
-    """All stages, from random weights or from the model of the stage before."""
-    if args.from_stage == 1:
-        new_model(args.out, args.seed, args.layers)
-    for number in range(args.from_stage - 1, len(STAGES)):
-        train_stage(args.out, number, args)
-
-
 if __name__ == "__main__":
-    args = flags().parse_args()
-    if not args.check:
-        make_backbone(args)
-    check(args.out)
+    run_main(main, PretrainConfig)

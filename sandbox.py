@@ -1,0 +1,243 @@
+"""Where code that a model wrote runs: a separate process, limited and killable.
+
+Each program runs once, without inherited environment or stdin, in an empty scratch directory that is removed
+afterwards. Wall-clock time, CPU time, memory, file size and output are limited, and the program can start no other
+process or thread. The sandbox uses the first of these levels that works on the machine:
+
+    bubblewrap   no network; the program sees a read-only Python runtime and its scratch directory, nothing else
+    namespaces   no network and no sight of other processes; the program reads and writes what file permissions allow
+    process      the limits only, and the rights of `nobody` when we are root
+
+Not covered: at every level, holes in the kernel; at the weaker two what `Sandbox.describe()` says, and that a sleeping
+program outlives a trainer that was killed outright. The sandbox is made for a model that errs, not for an enemy.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def extract_code(text: str) -> str:
+    """The last block fenced as Python (a model corrects itself downwards), else the first fenced one (a second is
+    often sample output), else the whole text. A fence that is never closed ends with the text."""
+    blocks = re.findall(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    tagged = [code for tag, code in blocks if tag.lower() in ("python", "python3", "py")]
+    if tagged:
+        text = tagged[-1]
+    elif blocks:
+        text = blocks[0][1]
+    return textwrap.dedent(text).strip()
+
+
+ENVIRONMENT = {"TMPDIR": "."}  # all that a program inherits
+SCRATCH_MB = 16
+START_TIMEOUT_S = 60  # for the machine, however busy; the program's own clock starts when the sandbox is READY
+READY = b"ready\n"
+
+# Runs inside the sandbox before the program: gives up rights, sets limits, says it is ready, and only then reads it.
+# A preexec_fn would do the same at the price of forking the whole training process for each program.
+BOOT = r"""
+import builtins, encodings, os, resource, sys
+if os.getuid() == 0:  # limits and file permissions do not bind root
+    os.chmod(".", 0o777)
+    if os.path.isdir("/proc/self/fd"):  # a Python below /root stays importable through its open directories
+        for path in (sys.path, encodings.__path__):
+            path[:] = [f"/proc/self/fd/{os.open(p, os.O_RDONLY)}" for p in path if os.path.isdir(p)]
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+for name, value in (pair.split("=") for pair in sys.argv[1:]):
+    kind = getattr(resource, name)
+    hard = resource.getrlimit(kind)[1]
+    value = int(value) if hard == resource.RLIM_INFINITY else min(int(value), hard)
+    resource.setrlimit(kind, (value, value))
+os.write(1, b"ready\n")
+source = sys.stdin.buffer.read().decode()  # to its end: the program finds an empty stdin
+
+def report(kind, error, trace):
+    import linecache, traceback
+    linecache.cache["program.py"] = (0, None, source.splitlines(True), "program.py")
+    while trace and trace.tb_frame.f_code.co_filename != "program.py":
+        trace = trace.tb_next
+    print(*"".join(traceback.format_exception(kind, error, trace)).splitlines()[-4:], sep="\n")
+
+sys.excepthook, sys.argv = report, ["program.py"]
+builtins.exit = builtins.quit = sys.exit  # `site` would define them
+main = sys.modules["__main__"] = type(sys)("__main__")  # a clean module: no name of this text reaches the program
+exec(compile(source, "program.py", "exec"), main.__dict__)
+"""
+
+
+class Failure(str):
+    """The text of a tool call that failed by the model's mistake."""
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[str]:
+    """An empty folder, removed afterwards, whatever a program has made of it."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as scratch:
+            yield scratch
+    except RecursionError:  # folders in folders, more than Python can walk down
+        subprocess.run(["rm", "-rf", "--", scratch])
+
+
+class Sandbox:
+    """Runs Python source in a separate, limited, killable process."""
+
+    LEVELS = {  # strongest first, each with what it leaves in reach of the program
+        "bubblewrap": "nothing but holes in the kernel",
+        "namespaces": "the files that {user} may read or write",
+        "process": "the network, and the files and processes of {user}",
+    }
+
+    def __init__(self, timeout_s: float = 5.0, memory_mb: int = 512, output_chars: int = 2000, level: str = "auto"):
+        self.timeout_s, self.memory_mb, self.output_chars = timeout_s, memory_mb, output_chars
+        self._slots = weakref.WeakKeyDictionary()  # event loop -> semaphore: one sandbox serves several asyncio.run
+        self.level, self.command = self._choose(list(self.LEVELS) if level == "auto" else [level])
+
+    def describe(self) -> str:
+        """One line to print at start."""
+        user = "the user nobody" if os.getuid() == 0 else "this user"
+        advice = "" if self.level == "bubblewrap" else " (bubblewrap, where it can be installed, closes this)"
+        return f"sandbox: {self.level}; in reach of a program: {self.LEVELS[self.level].format(user=user)}{advice}"
+
+    async def run(self, code: str) -> str:
+        """What the program printed; a Failure that ends with the traceback when it fails. Runs it once."""
+        slots = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(os.cpu_count() or 1))
+        async with slots:
+            with scratch_folder() as scratch:
+                process = await asyncio.create_subprocess_exec(
+                    *self.command,
+                    cwd=scratch,
+                    env=ENVIRONMENT,
+                    start_new_session=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                )
+                output, timed_out = bytearray(), False
+                try:
+                    await self._wait_until_ready(process)
+                    try:
+                        await asyncio.wait_for(self._feed_and_read(process, code, output), self.timeout_s)
+                    except TimeoutError:
+                        timed_out = True
+                finally:  # also when this task is cancelled
+                    await self._kill_whole(process)
+        return self._result(output, process.returncode, timed_out)
+
+    async def _wait_until_ready(self, process: asyncio.subprocess.Process) -> None:
+        try:
+            line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
+            problem = b"" if line == READY else line + await process.stdout.read(2000)
+        except TimeoutError:
+            problem = b"no answer in %d s" % START_TIMEOUT_S
+        if problem or line != READY:
+            raise RuntimeError(f"the {self.level} sandbox did not start: {problem.decode(errors='replace').strip()}")
+
+    async def _feed_and_read(self, process: asyncio.subprocess.Process, code: str, output: bytearray) -> None:
+        with contextlib.suppress(ConnectionError):  # it was killed before it had read all
+            process.stdin.write(code.encode(errors="replace"))
+            await process.stdin.drain()
+        process.stdin.close()
+        while chunk := await process.stdout.read(4096):
+            output += chunk
+            if len(output) > 4 * self.output_chars:  # UTF-8 takes up to four bytes for a character
+                return
+        await process.wait()
+
+    async def _kill_whole(self, process: asyncio.subprocess.Process) -> None:
+        if process.returncode is None:
+            with contextlib.suppress(OSError):  # a program that has left the group: it is the first of its namespace
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                for child in map(int, children):
+                    os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended this moment
+                os.killpg(process.pid, signal.SIGKILL)
+
+        async def drain() -> None:
+            while await process.stdout.read(65536):  # ends when nobody is left to write to it
+                pass
+            await process.wait()
+
+        await asyncio.wait_for(drain(), START_TIMEOUT_S)  # better an error than a run that hangs
+
+    def _result(self, output: bytes, exit_code: int, timed_out: bool) -> str:
+        text = output.decode(errors="replace").strip()
+        cut = f"{text[: self.output_chars]}\n... (cut at {self.output_chars} characters)"
+        if len(output) > 4 * self.output_chars:
+            return cut  # it was killed for it, so its exit code says nothing
+        if len(text) > self.output_chars:
+            text = f"{cut}\n{text[-300:]}" if exit_code == 1 else cut  # the end has the traceback
+        if timed_out:
+            return Failure(f"{text}\nError: timed out after {self.timeout_s:g} s".strip())
+        if exit_code not in (0, 1):  # 1: the traceback has said why
+            text = f"{text}\nError: the program died (exit code {exit_code})".strip()
+        text = text or "(no output; use print)"
+        return Failure(text) if exit_code else text
+
+    def _choose(self, levels: list[str]) -> tuple[str, list[str]]:
+        """The first level at which a program really runs, and its command."""
+        problems = []
+        for level in levels:
+            with tempfile.TemporaryDirectory(prefix="sandbox-") as scratch:
+                try:
+                    command = self._command(level)
+                    trial = subprocess.run(
+                        command,
+                        input=b"import json, math; print(6 * 7)",
+                        cwd=scratch,
+                        env=ENVIRONMENT,
+                        capture_output=True,
+                        timeout=START_TIMEOUT_S,
+                    )
+                except (OSError, subprocess.TimeoutExpired) as error:
+                    problems.append(f"{level}: {error}")
+                    continue
+            if trial.stdout == READY + b"42\n":
+                return level, command
+            problems.append(f"{level}: {(trial.stdout + trial.stderr).decode(errors='replace').strip()[-300:]}")
+        raise RuntimeError("no sandbox works on this machine: " + "; ".join(problems))
+
+    def _command(self, level: str) -> list[str]:
+        limits = {
+            "RLIMIT_CPU": int(self.timeout_s) + 1,
+            "RLIMIT_AS": self.memory_mb << 20,
+            "RLIMIT_NOFILE": 64,
+            "RLIMIT_FSIZE": SCRATCH_MB << 20,
+            "RLIMIT_CORE": 0,
+            "RLIMIT_NPROC": 0,  # no child, so none to outlive its program or to share out the other limits
+        }
+        if sys.platform == "darwin":
+            del limits["RLIMIT_AS"]  # macOS refuses it
+        # The interpreter below any virtual environment; -I -S leave it the standard library alone.
+        interpreter = f"{sys.base_prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+        python = [interpreter, *"-I -S -B -u -X utf8 -c".split(), BOOT, *(f"{k}={v}" for k, v in limits.items())]
+        root = os.getuid() == 0  # anyone else gets namespaces by way of a user namespace of his own
+        if level == "process":
+            return python
+        if level == "namespaces":
+            user = "" if root else "--user --map-current-user"
+            return [*f"unshare {user} --net --ipc --pid --mount-proc --fork --kill-child".split(), *python]
+        if level == "bubblewrap":
+            runtime = [sys.base_prefix, "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache"]
+            options = subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
+            size = f"--size {SCRATCH_MB << 20}" if "--size" in options else ""  # since bubblewrap 0.7
+            capabilities = "--cap-add CAP_SETUID --cap-add CAP_SETGID" if root else ""  # given up again in BOOT
+            return [
+                *"bwrap --unshare-ipc --unshare-net --unshare-pid --unshare-uts --die-with-parent".split(),
+                *(word for parent in reversed(Path(sys.base_prefix).parents) for word in ("--dir", str(parent))),
+                *(word for path in runtime for word in ("--ro-bind-try", path, path)),
+                *f"--dev-bind /dev/null /dev/null {size} --tmpfs /tmp --chdir /tmp --remount-ro /".split(),
+                *capabilities.split(),
+                *python,
+            ]
+        raise ValueError(f"unknown sandbox level {level!r}; there are auto, {', '.join(self.LEVELS)}")
