@@ -8,7 +8,8 @@ process or thread. The sandbox uses the first of these levels that works on the 
     namespaces   no network and no sight of other processes; the program reads and writes what file permissions allow
     process      the limits only, and the rights of `nobody` when we are root
 
-Not covered: at every level, holes in the kernel; at the weaker two what `Sandbox.describe()` says, and that a sleeping
+Not covered: at every level, holes in the kernel, and files without a name (memfd), which take up to 192 MB beside the
+memory limit; at the weaker two what `Sandbox.describe()` says, and that a sleeping
 program outlives a trainer that was killed outright. The sandbox is made for a model that errs, not for an enemy.
 """
 
@@ -29,17 +30,23 @@ from pathlib import Path
 def extract_code(text: str) -> str:
     """The last block fenced as Python (a model corrects itself downwards), else the first fenced one (a second is
     often sample output), else the whole text. A fence that is never closed ends with the text."""
-    blocks = re.findall(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    tagged = [code for tag, code in blocks if tag.lower() in ("python", "python3", "py")]
+    tagged, blocks = [], []
+    for piece in re.split("`{3,}", text)[1::2]:  # every other piece stands between two fences
+        first_line, newline, code = piece.partition("\n")
+        if newline:
+            blocks.append(code)
+            if re.match(r"[ \t]*(python3?|py)\b", first_line, re.IGNORECASE):
+                tagged.append(code)
     if tagged:
         text = tagged[-1]
     elif blocks:
-        text = blocks[0][1]
+        text = blocks[0]
     return textwrap.dedent(text).strip()
 
 
 ENVIRONMENT = {"TMPDIR": "."}  # all that a program inherits
-SCRATCH_MB = 16
+SCRATCH_MB = 8  # of one file
+MAX_OUTPUT = 1 << 20  # bytes that a program may print: the exit code of one that is killed for it says nothing
 START_TIMEOUT_S = 60  # for the machine, however busy; the program's own clock starts when the sandbox is READY
 READY = b"ready\n"
 
@@ -93,7 +100,7 @@ class Sandbox:
     """Runs Python source in a separate, limited, killable process."""
 
     LEVELS = {  # strongest first, each with what it leaves in reach of the program
-        "bubblewrap": "nothing but holes in the kernel",
+        "bubblewrap": "vsock sockets, the session keyring and holes in the kernel, nothing else",
         "namespaces": "the files that {user} may read or write",
         "process": "the network, and the files and processes of {user}",
     }
@@ -150,7 +157,7 @@ class Sandbox:
         process.stdin.close()
         while chunk := await process.stdout.read(4096):
             output += chunk
-            if len(output) > 4 * self.output_chars:  # UTF-8 takes up to four bytes for a character
+            if len(output) > MAX_OUTPUT:
                 return
         await process.wait()
 
@@ -172,13 +179,13 @@ class Sandbox:
 
     def _result(self, output: bytes, exit_code: int, timed_out: bool) -> str:
         text = output.decode(errors="replace").strip()
-        cut = f"{text[: self.output_chars]}\n... (cut at {self.output_chars} characters)"
-        if len(output) > 4 * self.output_chars:
-            return cut  # it was killed for it, so its exit code says nothing
         if len(text) > self.output_chars:
-            text = f"{cut}\n{text[-300:]}" if exit_code == 1 else cut  # the end has the traceback
+            end = f"\n{text[-300:]}" if exit_code == 1 else ""  # it has the traceback
+            text = f"{text[: self.output_chars]}\n... (cut at {self.output_chars} characters){end}"
         if timed_out:
             return Failure(f"{text}\nError: timed out after {self.timeout_s:g} s".strip())
+        if len(output) > MAX_OUTPUT:
+            return Failure(f"{text}\nError: the program printed more than {MAX_OUTPUT:,} bytes")
         if exit_code not in (0, 1):  # 1: the traceback has said why
             text = f"{text}\nError: the program died (exit code {exit_code})".strip()
         text = text or "(no output; use print)"
@@ -211,7 +218,7 @@ class Sandbox:
         limits = {
             "RLIMIT_CPU": int(self.timeout_s) + 1,
             "RLIMIT_AS": self.memory_mb << 20,
-            "RLIMIT_NOFILE": 64,
+            "RLIMIT_NOFILE": 24,  # files without a name are memory that no other limit counts: 24 of SCRATCH_MB at most
             "RLIMIT_FSIZE": SCRATCH_MB << 20,
             "RLIMIT_CORE": 0,
             "RLIMIT_NPROC": 0,  # no child, so none to outlive its program or to share out the other limits

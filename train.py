@@ -47,7 +47,7 @@ from tools import UserError
 @dataclass
 class Config(SystemConfig):
     # the run
-    steps: int = setting(36, "* rollout batches, each followed by a policy update", group="the run", low=1)
+    steps: int = setting(44, "* rollout batches, each followed by a policy update", group="the run", low=1)
     run_dir: str = setting("", "folder of the run; empty: runs/TASK-seedSEED")
     model: str = setting("tinyworld/backbone", "* model folder or hub name of the planner and the frozen modules")
     frozen_model: str = setting("", "folder, hub name or a server's URL#NAME of the frozen modules; empty: --model")

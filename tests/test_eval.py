@@ -263,7 +263,6 @@ def test_bad_input_is_one_line(words, line, command):
         (UserError("try this"), 2, "eval.py: try this"),
         (OSError(28, "No space left on device"), 2, "eval.py: [Errno 28] No space left on device"),
         (ModuleNotFoundError("No module named 'vllm'"), 2, "eval.py: No module named 'vllm'; pip install -r "),
-        (KeyboardInterrupt(), 130, "eval.py: stopped"),
     ],
 )
 def test_what_goes_wrong_is_one_line(error, code, line, command):
@@ -272,6 +271,13 @@ def test_what_goes_wrong_is_one_line(error, code, line, command):
 
     found, lines = command("", main)
     assert found == code and len(lines) == 1 and lines[0].startswith(line)
+
+
+def test_ctrl_c_ends_a_script_without_a_traceback(command):
+    def main(config):
+        raise KeyboardInterrupt
+
+    assert command("", main) == (130, [])
 
 
 def test_a_fault_is_one_line_and_a_traceback_in_a_file(command, tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def test_a_malformed_line_is_named(tmp_path, line):
 
 def test_an_unknown_judge_is_refused_before_the_run():
     for kind in ("no_such_module.my_judge", "judge.no_such_judge", "_judge"):
-        with pytest.raises(UserError, match=f"there is no {kind}.*module.function"):
+        with pytest.raises(ValueError, match=f"there is no {kind}.*module.function"):
             read_row({"question": "q", "answer": "a", "kind": kind})
 
 
