@@ -1,11 +1,11 @@
 """The agent: an evolving memory, four modules, and `solve()`, which runs one question through them over several turns.
 
-A module is a prompt and a parser, side by side below. Prompts put what is shared first (instructions, tools, question,
-analysis) and the memory last, which only ever grows, so the prompts of one question share a long prefix. Parsers accept
-what models really write (bold labels, numbering, code fences, trailing chatter) and report a clear failure otherwise:
-a mistake of the model becomes the result of that turn, and the next turn can react to it.
+A module is a prompt and a parser, side by side below. A prompt begins with what the turns of a question share
+(instructions, tools, question, analysis) and ends with the memory, which only grows. So the turns share a long prefix.
+Parsers accept what models really write: bold labels, numbering, code fences, trailing chatter. If a parser fails, the
+model's mistake becomes the result of that turn, and the next turn can react to it.
 
-Only the planner is trained. Everything else goes through `env.ask`, a frozen model with the initial weights.
+Only the planner is trained. All other modules go through `env.ask`, a frozen model with the initial weights.
 """
 
 import asyncio
@@ -27,13 +27,13 @@ from tools import TOOLS, CommandError, ToolEnv, parse_command, run_tool, tool_me
 
 @dataclass
 class Turn:
-    """One action a^t of the planner: the training row. Ids and log-probs are the engine's own, never re-tokenised."""
+    """One action a^t of the planner, and one training row. Its ids and log-probs are the engine's own."""
 
     prompt_ids: list[int]
     completion_ids: list[int]  # ends with the EOS token unless it was cut at the token limit
     logprobs: list[float]  # log pi(token) of each completion token under the sampler, at the sampling temperature
     truncated: bool = False
-    ref_logprobs: list[float] = field(default_factory=list)  # the same under the initial policy, where it was computed
+    ref_logprobs: list[float] = field(default_factory=list)  # the same under the initial policy; empty without a KL
 
 
 @dataclass
@@ -45,12 +45,12 @@ class Step:
     command: str
     result: str
     verdict: str = ""  # CONTINUE or STOP; empty until the verifier has spoken
-    error: str = ""  # the mistake of the model or the tool: format, tool, command or run; empty when all went well
+    error: str = ""  # what failed: format, tool, command or run; empty when nothing did
 
 
 @dataclass
 class Memory:
-    """M^t: everything the modules know about the question. Made inside `solve()`: nothing outlives a question."""
+    """M^t: everything the modules know about the question. Each `solve()` makes a new one."""
 
     question: str
     analysis: str = ""
@@ -68,7 +68,7 @@ class Memory:
 
 @dataclass
 class Trajectory:
-    """One rollout of a question. Its turns are trained on; its memory and answer are for the judge and the reader."""
+    """One rollout of a question. The trainer learns from its turns, and the judge scores its answer."""
 
     question: str
     turns: list[Turn]
@@ -80,7 +80,7 @@ class Trajectory:
 
 
 def cut_middle(text: str, limit: int) -> str:
-    """At most `limit` characters plus a mark that says how many were left out: both ends of a result carry meaning."""
+    """Keep `limit` characters, half at each end, as both ends carry meaning. A mark says how many were cut."""
     if len(text) <= limit:
         return text
     head, tail = text[: (limit + 1) // 2], text[len(text) - limit // 2 :]
@@ -142,7 +142,7 @@ class Plan:
     tool: str
 
 
-# A label, as models write it: at the start of a line, perhaps after "3." or "- ", perhaps in bold, in any case.
+# Models write a label at the start of a line, perhaps after "3." or "- ", perhaps in bold, in upper or lower case.
 _LABEL = re.compile(
     r"^[ \t>#*\-]*(?:\d+[.)][ \t]*)?[*_`]*"
     r"(justification|context|sub[- _]?goal|tool[- _]?name|tool)[*_`]*[ \t]*:[*_`]*[ \t]*",
@@ -151,7 +151,7 @@ _LABEL = re.compile(
 
 
 def parse_plan(text: str, tools: Iterable[str] = TOOLS) -> Plan:
-    """Read the labelled lines; a label that appears twice counts once, the last time. Raises `PlanError`."""
+    """Read the labelled lines. If a label appears twice, the last one counts. Raises `PlanError`."""
     parts = _LABEL.split(text)  # [before, label, value, label, value, ...]
     fields = {re.sub(r"[- _]|name", "", label.lower()): value for label, value in zip(parts[1::2], parts[2::2])}
     tool = _tool_name(fields.get("tool", ""), tools)
@@ -169,9 +169,9 @@ def _strip_markup(value: str) -> str:
 
 
 def _tool_name(value: str, tools: Iterable[str]) -> str:
-    """The known tool that the first line begins with, whatever chatter follows; else the name that stands there."""
+    """The known tool that the first line begins with, even if chatter follows; else the unknown name itself."""
     line = re.sub(r"^\W+", "", _strip_markup(value).split("\n")[0])
-    for known in sorted(tools, key=len, reverse=True):  # of two that fit, Search and Search_News, the longer one
+    for known in sorted(tools, key=len, reverse=True):  # long names first: Search would hide Search_News
         if re.match(known.replace("_", "[ _-]") + r"(_tool)?\b", line, re.IGNORECASE):
             return known
     return re.sub(r"[ -]", "_", re.match(r"(?:[A-Za-z]\w*(?:[ -][A-Z]\w*)*)?", line)[0])
@@ -200,7 +200,7 @@ async def execute(question: str, plan: Plan, env: ToolEnv) -> Step:
     )
     text = await env.ask("executor", prompt)
     try:
-        command = parse_command(text, {plan.tool: env.tools[plan.tool]})  # the planner's choice, not the executor's
+        command = parse_command(text, {plan.tool: env.tools[plan.tool]})  # the executor must call the planner's tool
     except CommandError as error:
         return Step(plan.sub_goal, plan.tool, text.strip(), f"Error: {error}", error="command")
     result, ok = await run_tool(env, command)
@@ -225,8 +225,8 @@ Steps so far:{memory}"""
 
 
 def parse_verdict(text: str) -> str:
-    """STOP only when the last conclusion, or a text without one, begins with that word and leaves no choice: a doubt
-    costs one turn, a wrong stop the answer."""
+    """STOP if the last conclusion (or a text without one) begins with that word and does not name CONTINUE too. In
+    doubt the question goes on: one more turn costs little, but a wrong stop costs the answer."""
     verdict = re.split("conclusion", text, flags=re.IGNORECASE)[-1]
     stop = re.match(r"\W*STOP\b(?!.*\bCONTINUE\b)", verdict, re.IGNORECASE)
     return "STOP" if stop else "CONTINUE"
@@ -244,7 +244,7 @@ Steps so far:{memory}"""
 
 
 def parse_answer(text: str) -> str:
-    """What stands in the last pair of answer tags; without tags there is no answer, and that earns nothing."""
+    """The text in the last pair of answer tags. Without tags the answer is empty and earns nothing."""
     answers = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.IGNORECASE | re.DOTALL)
     return answers[-1].strip() if answers else ""
 
@@ -259,15 +259,15 @@ async def solve(
 ) -> Trajectory:
     """Run one question to its answer (Algorithm 1, inference in the flow).
 
-    `planner(prompt)` samples the trained policy; `env.ask(role, prompt)` asks the frozen model that plays all the other
-    modules, and `env` holds what the tools need. A coroutine for one question: engines batch whatever is pending.
+    `planner(prompt)` samples the trained policy. `env.ask(role, prompt)` asks the frozen model, which plays all other
+    modules. `env` holds what the tools need. Many of these coroutines run at once, so engines can batch their prompts.
     """
     tools = toolbox(env.tools)
     memory = Memory(question, result_chars=result_chars)  # M^1: the question, and its analysis
     memory.analysis = (await env.ask("analyst", ANALYST_PROMPT.format(tools=tools, question=question))).strip()
     turns = []
     for _ in range(max_turns):
-        # The planner acts: a^t ~ pi_theta( . | q, K, M^t). The only factor of Eq. 2 that has theta.
+        # The planner acts: a^t ~ pi_theta( . | q, K, M^t). Only this factor of Eq. 2 has theta.
         prompt = PLANNER_PROMPT.format(tools=tools, question=question, analysis=memory.analysis, memory=memory.render())
         action = await planner(prompt)
         truncated = action.finish_reason == "length"
@@ -284,7 +284,7 @@ async def solve(
         prompt = VERIFIER_PROMPT.format(
             tools=tools, question=question, analysis=memory.analysis, memory=memory.render()
         )
-        step.verdict = parse_verdict(await env.ask("verifier", prompt))  # its reasons are not kept
+        step.verdict = parse_verdict(await env.ask("verifier", prompt))  # the memory does not keep its reasons
         if step.verdict == "STOP":
             break
 
@@ -295,7 +295,7 @@ async def solve(
 
 
 def toolbox(tools: dict[str, Callable] = TOOLS) -> str:
-    """K: what the planner is told about its tools."""
+    """K: the text about the tools in the prompts."""
     return "\n".join(tool_metadata(tool) for tool in tools.values())
 
 
@@ -304,32 +304,32 @@ def toolbox(tools: dict[str, Callable] = TOOLS) -> str:
 
 @dataclass
 class AgentSystem:
-    """The engines and tools that questions are solved with. Training, evaluation and benchmarks all go through here."""
+    """The engines and tools that solve questions. Training, evaluation and benchmarks all use it."""
 
     planner: Any  # the engine of the trained policy
     frozen: Any  # the engine of the initial weights: analyst, executor, verifier, generator, the tools' model
     corpus: Any  # the articles that Search looks into
     sandbox: Any  # where the programs of Python_Coder run
     max_turns: int = 4
-    max_tokens: int = 64  # of one completion
-    result_chars: int = 400  # of a tool's result in the memory
+    max_tokens: int = 64  # limit of one completion
+    result_chars: int = 400  # limit of a tool's result in the memory
     tools: dict[str, Callable] = field(default_factory=TOOLS.copy)
-    temperature: float = 1.0  # of the planner; 0 is greedy
-    reward: Callable = rules  # of `judge.score`
-    solve: Callable = solve  # the loop of a question, Algorithm 1
+    temperature: float = 1.0  # the planner's; 0 is greedy
+    reward: Callable = rules  # what `judge.score` calls
+    solve: Callable = solve  # the loop over the turns of a question, Algorithm 1
 
     def rollout(
         self, questions: list[str], group_size: int, seed: tuple, label: str = "rollouts"
     ) -> list[list[Trajectory]]:
-        """`group_size` trajectories of each question, all in flight together: [question][sample].
+        """Sample `group_size` trajectories of each question, all at the same time -> [question][sample].
 
-        `seed` is a key such as (run seed, step); question, sample, turn and role are added to it for each request.
+        `seed` is a key such as (run seed, step). Each planner request adds its question, sample, turn and role.
         """
-        lockstep = Lockstep(self.frozen, self.planner)  # in this order, all come to the planner together
+        lockstep = Lockstep(self.frozen, self.planner)  # frozen first: then the planner gets all its prompts at once
         keys = [(p, g) for p in range(len(questions)) for g in range(group_size)]
         with tqdm(total=len(keys), desc=label, leave=False) as bar:
 
-            async def one(order, p, g) -> Trajectory:
+            async def one(order, p, g):
                 trajectory = await self.run(questions[p], (*seed, p, g), lockstep, order)
                 bar.update()
                 return trajectory
@@ -338,10 +338,10 @@ class AgentSystem:
         return [flat[i : i + group_size] for i in range(0, len(flat), group_size)]
 
     async def run(self, question: str, seed: tuple, lockstep: Lockstep, order: int) -> Trajectory:
-        """One question through `solve`, as trajectory number `order` of a lockstep."""
+        """Run `solve` on one question, as trajectory number `order` of a lockstep."""
         tokens, turns = Counter(), itertools.count(1)
 
-        async def complete(module, engine, prompt, temperature, seed=0) -> Completion:
+        async def complete(module, engine, prompt, temperature, seed=0):
             request = Request(engine.encode(prompt), self.max_tokens, temperature, seed)
             completion = await lockstep.generate(engine, request, order)
             read, written = completion.usage

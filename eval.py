@@ -1,4 +1,4 @@
-"""Accuracy, turns, tool use, errors and cost of one or several planners, side by side, with the same frozen modules.
+"""Compare planners, all with the same frozen modules, in accuracy, turns, tool use, errors and cost.
 
     python eval.py                                                      # the bundled backbone, untrained
     python eval.py --planners tinyworld/backbone runs/tinyworld-seed0   # before and after, side by side
@@ -43,7 +43,7 @@ class Flags(HfArgumentParser):
 
     group = None
 
-    def add_argument(self, *names: str, group: str = "", low: float | None = None, **options: Any) -> Any:
+    def add_argument(self, *names, group="", low=None, **options):
         if group:
             self.group = self.add_argument_group(group)
         return (self.group or super()).add_argument(*names, **options)
@@ -56,7 +56,7 @@ ADVICE = {
 
 
 def run_main(main: Callable, config_class: type) -> None:
-    """Parse the command line into the config and run. Whatever goes wrong is one line: exit code 2 for bad input."""
+    """Parse the command line into the config and run. An error prints one line; bad input exits with code 2."""
     try:
         flags = Flags(config_class, description="Flags marked * are the ones to change first.")
         config, *_, unknown = flags.parse_args_into_dataclasses(return_remaining_strings=True)
@@ -66,8 +66,8 @@ def run_main(main: Callable, config_class: type) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        code, message, advice = 2, str(error), ADVICE.get(type(error), "")
-        if not isinstance(error, (UserError, OSError, *ADVICE)):  # no mistake of the user's
+        code, message, advice = 2, str(error) or repr(error), ADVICE.get(type(error), "")
+        if not isinstance(error, (UserError, OSError, *ADVICE)):  # not the user's mistake
             code, message, advice = 1, f"{type(error).__name__}: {error}", "; traceback.log says where"
             Path("traceback.log").write_text(traceback.format_exc())
         print(f"{Path(sys.argv[0]).name}: {message.strip().splitlines()[0]}{advice}", file=sys.stderr)
@@ -76,12 +76,12 @@ def run_main(main: Callable, config_class: type) -> None:
 
 @dataclass
 class SystemConfig:
-    """What train.py and eval.py share: the question, the system that answers it, and the reward."""
+    """The settings that train.py and eval.py share: the task, the system that solves it, and the reward."""
 
     task: str = setting("tinyworld", "* tinyworld, or a folder with SPLIT.jsonl (and corpus.db)", group="the system")
-    engine: Literal["transformers", "vllm"] = setting("transformers", "engine of the models that are no URL")
+    engine: Literal["transformers", "vllm"] = setting("transformers", "engine of each model, unless it is a URL")
     engine_memory: float = setting(0.3, "share of the GPU's memory for each vLLM engine, weights and KV cache", low=0)
-    device: str = setting("auto", "auto, cpu, cuda or mps")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device; CUDA_VISIBLE_DEVICES chooses among GPUs")
     tools: list[str] = setting(list(TOOLS), "tools on offer, in this order; one of your own is module.function")
     max_turns: int = setting(4, "* turn budget of a question", low=1)
     max_tokens: int = setting(64, "* tokens of one completion, at most", low=1)
@@ -90,10 +90,10 @@ class SystemConfig:
     reward: str = setting("judge.rules", "module.function of the reward, such as lab.judge_llm.reward")
     seed: int = setting(0, "* seed of everything random")
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         for flag in fields(self):
             value, low = getattr(self, flag.name), flag.metadata["low"]
-            if low is not None and not value >= low:  # nan too
+            if low is not None and not value >= low:  # this form refuses nan too
                 raise UserError(f"--{flag.name} {value}: must be at least {low}")
 
 
@@ -102,10 +102,10 @@ class EvalConfig(SystemConfig):
     planners: list[str] = setting(
         ["tinyworld/backbone"], "* model folders, run folders or servers' URL#NAME", group="the evaluation"
     )
-    frozen_model: str = setting("tinyworld/backbone", "folder, hub name or URL#NAME of the frozen modules' model")
+    frozen_model: str = setting("tinyworld/backbone", "model of the frozen modules: folder, hub name or URL#NAME")
     split: Literal["train", "dev", "test"] = setting("test", "split of the task")
     questions: int = setting(0, "* number of questions, from the start of the split; 0: all", low=0)
-    trials: int = setting(1, "answers to each question", low=1)
+    trials: int = setting(1, "answers per question", low=1)
     output: str = setting("eval.json", "file for the figures; empty: none")
 
 
@@ -113,7 +113,7 @@ class EvalConfig(SystemConfig):
 
 
 def open_system(config: SystemConfig) -> AgentSystem:
-    """The system without its two engines, so that wrong names of tools and files show before a model is loaded."""
+    """Build the system without its engines, so that a wrong name of a tool or file shows before a model loads."""
     tools = find_tools(config.tools)
     return AgentSystem(
         planner=None,
@@ -132,8 +132,8 @@ def open_system(config: SystemConfig) -> AgentSystem:
 def evaluate(
     system: AgentSystem, examples: list[Example], seed: tuple, label: str = "evaluating", trials: int = 1
 ) -> tuple[dict, list[tuple[Example, Trajectory]]]:
-    """`trials` trajectories of each question -> (accuracy with its interval, by family, and how it was reached; the
-    scored trajectories behind it)."""
+    """Solve each question `trials` times -> (figures: accuracy with its interval, also by family, and how the planner
+    worked; pairs of example and scored trajectory)."""
     groups = system.rollout([example.question for example in examples], trials, seed, label)
     pairs = score(examples, groups, system.reward, system.frozen)
     return summary(examples, groups, system.tools), pairs
@@ -149,15 +149,15 @@ def summary(examples: list[Example], groups: list[list[Trajectory]], tools: Iter
 
 
 def accuracy(groups: list[list[Trajectory]]) -> dict:
-    """Mean reward of trajectories [question][trial], with its 95 % interval over the questions. (Trials of a question
-    resemble each other; that they narrow the interval a little is left out.)"""
+    """Mean reward of trajectories [question][trial], with its 95 % interval over the questions. (More trials per
+    question would narrow it a little. They resemble each other, so the interval does not count on them.)"""
     shares = [sum(trajectory.reward for trajectory in group) / len(group) for group in groups]
     return {"accuracy": sum(shares) / len(shares), "interval": wilson(sum(shares), len(shares)), "n": len(shares)}
 
 
 def wilson(hits: float, n: float) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson score): right for small n and for shares near 0 and 1 too."""
-    z, share = 1.96, hits / n  # standard deviations of a normal distribution hold 95 % of it
+    """The 95 % interval of a share (Wilson score), which holds for small n and for shares near 0 and 1 too."""
+    z, share = 1.96, hits / n  # 95 % of a normal distribution lies within 1.96 standard deviations
     half = z * math.sqrt(max(0.0, share * (1 - share)) / n + z * z / (4 * n * n))
     low, high = ((share + z * z / (2 * n) + side * half) / (1 + z * z / n) for side in (-1, 1))
     return max(0.0, low), min(1.0, high)
@@ -185,7 +185,7 @@ def behaviour(trajectories: list[Trajectory], tools: Iterable[str]) -> dict:
 
 
 def figures(r: dict) -> dict[str, str]:
-    """What a table says of one result: label -> figure."""
+    """The rows of a table for one result: label -> figure."""
     cells = {f"accuracy (n = {r['n']})": share(r)}
     cells |= {f"  {family} (n = {f['n']})": share(f) for family, f in r["by_family"].items()}
     cells["turns per question"] = f"{r['turns']:5.2f}"
@@ -222,6 +222,7 @@ def planner_folder(path: str) -> str:
 def main(config: EvalConfig) -> None:
     examples = load_examples(config.task, config.split)[: config.questions or None]
     system = open_system(config)
+    Path(config.output or ".").touch()  # a place that cannot be written to shows now
     print(system.sandbox.describe())
     device = best_device(config.device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

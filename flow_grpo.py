@@ -8,15 +8,15 @@ pi_old given its own prompt s (question, analysis, memory so far): a turn is a t
   r  = pi(a_j | s, a_<j) / pi_old(a_j | s, a_<j), for token j of turn t of trajectory i                         (Eq. 6)
   A  = (R_i - mean_k R_k) / std_k R_k, over the G trajectories; the same for all turns and tokens of i          (Eq. 7)
 
-Shapes: P questions, G trajectories of each (a group), T_i turns of trajectory i, B rows (turns) in a batch or a part of
-it; T tokens in its longest completion, S in its longest prompt + completion, N in all its completions, C of those in a
-chunk; D hidden size, V vocabulary.
+Shapes: P questions, G trajectories per question (a group), T_i turns in trajectory i, B rows (turns) per batch or
+micro-batch; T tokens in its longest completion, S in its longest prompt + completion, N in all its completions, C per
+chunk of these; D hidden size, V vocabulary.
 
 Same as the paper
   three nested means, over trajectories, turns and tokens: a long trajectory weighs no more than a short one    (Eq. 5)
   mean and std of the G trajectories, never pooled over turns: more turns do not shift the baseline             (Eq. 7)
   the ratio of each token is clipped to 1 +- eps; KL to the initial policy with beta = 0.001                    (Eq. 5)
-  (with one update per batch of rollouts, the default of train.py, r = 1 and no clip acts; from two on it does)
+  (by default train.py makes one update per batch of rollouts: then r = 1 and no clip acts; with more, it does)
 Where the paper gives no value, we take
   eps = 0.2; KL by the k3 estimator, under the same means; std with G - 1; a group of equal rewards gets A = 0
 Departs, and why; all off by default
@@ -30,28 +30,26 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-MAX_LOGITS = 2**26  # of a chunk, 256 MiB in float32: a larger vocabulary takes smaller chunks, not more memory
+MAX_LOGITS = 2**26  # per chunk, 256 MiB in float32: a larger vocabulary gets smaller chunks, not more memory
 
 
 def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     """Eq. 7: rewards (P, G) -> advantages (P, G). One number per trajectory, so turns cannot enter the statistics."""
-    if rewards.ndim != 2:
-        raise ValueError(f"rewards must be (questions, group size), got shape {tuple(rewards.shape)}")
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards must be finite, got nan or inf")
-    rewards = rewards.double()  # so that rewards that differ never have a std that rounds to zero
+    rewards = rewards.double()  # in float32, the std of rewards that differ could round to 0
     advantages = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
     if normalize_std:
         advantages = advantages / rewards.std(dim=1, keepdim=True)  # (P, G), sample std: divisor G - 1
-    # All solved or all failed: Eq. 7 is 0/0 and there is nothing to learn. The test is exact. An epsilon in the divisor
+    # If all rewards are equal, Eq. 7 is 0/0 and there is nothing to learn. The test is exact. An epsilon in the divisor
     # would hide this case behind rounding errors, and would shrink every other advantage.
     no_signal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (P, 1)
     return torch.where(no_signal, 0.0, advantages).float()
 
 
 def broadcast_to_turns(advantages: Tensor, num_turns: list[int]) -> Tensor:
-    """Eq. 4: advantages (P, G) -> (B,). Each turn of a trajectory gets the trajectory's; T_i = num_turns[p * G + i]."""
-    if len(num_turns) != advantages.numel():  # torch would take one count for all
+    """Eq. 4: advantages (P, G) -> (B,). Each turn gets its trajectory's advantage; T_i = num_turns[p * G + i]."""
+    if len(num_turns) != advantages.numel():  # torch would use a single count for all trajectories
         raise ValueError(f"{len(num_turns)} turn counts for {advantages.numel()} trajectories")
     return advantages.flatten().repeat_interleave(torch.tensor(num_turns, device=advantages.device))
 
@@ -59,14 +57,12 @@ def broadcast_to_turns(advantages: Tensor, num_turns: list[int]) -> Tensor:
 def row_weights(num_turns: list[int], num_tokens: list[int] | None = None, aggregation: str = "paper") -> Tensor:
     """(B,) weights of the rows, in the order of `broadcast_to_turns`; they sum to 1 over the batch.
 
-    "paper": 1 / (P G T_i), the two outer means of Eq. 5. "token-mean": |a| / total tokens, so that after the mean over
-    the row's tokens in the loss each token of the batch carries 1 / total. For the whole batch, before any split.
+    "paper": 1 / (P G T_i), the two outer means of Eq. 5. "token-mean": |a| / total tokens; the loss then takes the mean
+    over a row's |a| tokens, so each token carries 1 / total. Weigh the whole batch before you split it.
     """
-    if aggregation == "paper":
-        return torch.tensor([1 / (len(num_turns) * turns) for turns in num_turns for _ in range(turns)])  # (B,)
     if aggregation == "token-mean":
         return torch.tensor([tokens / sum(num_tokens) for tokens in num_tokens])  # (B,)
-    raise ValueError(f'aggregation must be "paper" or "token-mean", got {aggregation!r}')
+    return torch.tensor([1 / (len(num_turns) * turns) for turns in num_turns for _ in range(turns)])  # (B,)
 
 
 def token_weights(row_weights: Tensor, mask: Tensor) -> Tensor:
@@ -75,11 +71,11 @@ def token_weights(row_weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def micro_batches(lengths: list[int], max_tokens: int, max_padding: float = 0.05) -> list[list[int]]:
-    """Split row indices so that rows * longest <= max_tokens, and at most that share of it is padding. A row that is
-    longer than max_tokens comes alone.
+    """Split row indices so that rows * longest <= max_tokens, and at most the share max_padding is padding. A row that
+    is longer than max_tokens gets a batch of its own.
 
-    `lengths` count prompt and completion. Rows are sorted, so little is padded; longest first: too little memory shows
-    at once.
+    `lengths` count prompt and completion. Rows are sorted to keep the padding small. The longest come first: if memory
+    is too small for them, the run fails at once.
     """
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # stable: equal lengths keep their order
@@ -103,11 +99,11 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log pi(a_j | s, a_<j) of each completion token: logprobs (B, T), mask (B, T), entropy (B, T, without gradient).
 
-    The policy is the softmax of logits / temperature, as sampled. Works with causal models of transformers whose logits
-    are `lm_head` of the last hidden state (Qwen, Llama, Mistral; not Gemma 2, which caps its logits afterwards).
+    The policy is the softmax of logits / temperature, as in the sampler. The model must be a causal one of transformers
+    whose logits are `lm_head` of the last hidden state (Qwen, Llama, Mistral; not Gemma 2, which caps its logits).
 
-    Rows are padded on the RIGHT: under a causal mask no real token sees a pad, and positions start at 0, so there is no
-    attention mask to get wrong. Pads are known by position, never by value: pad_token_id may equal EOS.
+    Rows are padded on the RIGHT. Under a causal mask no real token sees a pad, and positions start at 0, so there is no
+    attention mask to get wrong. Pads are found by position, never by value: pad_token_id may equal EOS.
     """
     if not all(prompt_ids) or not all(completion_ids):
         raise ValueError("a row has an empty prompt or an empty completion")
@@ -119,7 +115,7 @@ def token_logprobs(
 
     width = max(len(row) for row in rows)  # S
     position = torch.arange(width, device=device).expand(len(rows), -1)  # (B, S)
-    # Position s predicts token s + 1. Only the positions that predict a completion token go on to the vocabulary.
+    # Position s predicts token s + 1. Only positions that predict a completion token get logits.
     predicts = (start <= position + 1) & (position + 1 < start + length)  # (B, S)
     input_ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows], device=device)  # (B, S)
     targets = input_ids.roll(-1, dims=1)[predicts]  # (N,), row after row
@@ -129,12 +125,12 @@ def token_logprobs(
         logits = model.lm_head(states).float() / temperature  # (C, V)
         log_z = logits.logsumexp(dim=-1)  # (C,)
         logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z  # (C,)
-        with torch.no_grad():  # last, as recomputation stops before it: H = log Z - sum_v pi_v logit_v
+        with torch.no_grad():  # at the end, so that the backward pass skips it: H = log Z - sum_v pi_v logit_v
             entropy = log_z - (logits.softmax(dim=-1) * logits).sum(dim=-1)  # (C,)
         return logprobs, entropy
 
-    # (N, V) would be the largest tensor by far: 8,192 tokens of a vocabulary of 152k take 5 GB, and several copies of
-    # it. Chunks bound it in the forward pass, and recomputing each chunk's logits in the backward pass bounds it there.
+    # All logits, (N, V), would be the largest tensor by far: for 8,192 tokens and a vocabulary of 152k each copy takes
+    # 5 GB. So the forward pass works chunk by chunk, and the backward pass computes the logits of each chunk again.
     chunk_size = min(chunk_size, max(1, MAX_LOGITS // model.lm_head.weight.shape[0]))
     pairs = zip(states.split(chunk_size), targets.split(chunk_size))
     chunks = [checkpoint(head, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
@@ -159,9 +155,9 @@ def flow_grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-J of Eq. 5 for some rows of a batch: log-probs and mask (B, T), advantages and weights (B,) -> (loss, stats).
 
-    Loss and stats are weighted SUMS, and the weights are those of the whole batch: summed over micro-batches, however
-    they are split, they give the batch's nested mean, and the summed gradients its gradient. (When rows are left out,
-    divide the stats by the sum of the weights that were kept.) On the first update old_logprobs = logprobs.detach().
+    Loss and stats are weighted SUMS, with weights from the whole batch. So their sums over micro-batches are the nested
+    means of the batch, however it is split, and gradients add up in the same way. (If you leave rows out, divide the
+    stats by the sum of the weights that you keep.) On the first update old_logprobs = logprobs.detach().
     """
     mask = mask.bool()
     per_token = [x for x in (old_logprobs, ref_logprobs, sampler_logprobs, mask) if x is not None]
@@ -170,7 +166,7 @@ def flow_grpo_loss(
     if not advantages.shape == row_weights.shape == logprobs.shape[:1]:
         raise ValueError(f"expected (B,), got advantages {tuple(advantages.shape)}, weights {tuple(row_weights.shape)}")
 
-    def clean(x: Tensor) -> Tensor:  # pads may hold anything, and 0 * inf is nan, in gradients too: replace, not scale
+    def clean(x: Tensor) -> Tensor:  # a pad may hold inf, and 0 * inf is nan, in gradients too: so replace it
         return torch.where(mask, x, 0.0)  # (B, T)
 
     logprobs, old_logprobs = clean(logprobs), clean(old_logprobs.detach())  # (B, T)
@@ -180,17 +176,17 @@ def flow_grpo_loss(
     ratio = log_ratio.exp()  # (B, T), Eq. 6
     surrogate = ratio * advantages  # (B, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages  # (B, T)
-    objective = torch.min(surrogate, clipped)  # (B, T), Eq. 5: no gain from moving further than the clip range
+    objective = torch.min(surrogate, clipped)  # (B, T), Eq. 5: a move beyond the clip range gains nothing
     importance = torch.ones_like(ratio)  # (B, T)
-    if tis_cap:  # pi_old / pi_sampler, cut off where it is large: some bias for far less variance
+    if tis_cap:  # pi_old / pi_sampler; the cap trades some bias for far less variance
         importance = (old_logprobs - clean(sampler_logprobs.detach())).exp().clamp(max=tis_cap)  # (B, T)
         objective = objective * importance  # (B, T)
 
     k3 = torch.zeros_like(ratio)  # (B, T)
     if ref_logprobs is not None and kl_coef != 0:
         log_ref = clean(ref_logprobs.detach()) - logprobs  # (B, T), log pi_ref / pi
-        # As E_pi[pi_ref / pi - 1] = 0, its mean is that of -log pi_ref / pi: KL(pi || pi_ref). And no term is negative.
-        # (Its gradient, (1 - pi_ref / pi) dlog pi, has the mean of that of KL(pi_ref || pi): a pull to pi_ref as well.)
+        # E_pi[pi_ref / pi - 1] = 0, so k3 and -log pi_ref / pi have one mean, KL(pi || pi_ref). No k3 is negative.
+        # (Its gradient, (1 - pi_ref / pi) dlog pi, is on average the gradient of KL(pi_ref || pi): it pulls to pi_ref.)
         k3 = log_ref.exp() - log_ref - 1  # (B, T)
         objective = objective - kl_coef * k3  # (B, T)
     loss = -(weights * objective).sum()  # ()
@@ -199,7 +195,7 @@ def flow_grpo_loss(
         stats = {
             "kl": (weights * k3).sum(),  # to pi_ref; 0 when it is not computed
             "ratio": (weights * ratio).sum(),  # 1 on the first update
-            "clip_fraction": (weights * (clipped < surrogate)).sum(),  # where clipping has set the gradient to zero
+            "clip_fraction": (weights * (clipped < surrogate)).sum(),  # weight of the tokens without a policy gradient
             "importance": (weights * importance).sum(),  # mean of the truncated weights; 1 without tis_cap
         }
     return loss, stats

@@ -5,27 +5,27 @@
     text     rule_judge    the whole text or number, as below
     choice   choice_judge  in lab/judges.py: the letter of the right choice, its content, or both
     math     math_judge    in lab/judges.py: the same as text, else equal as mathematics
-    game24   game24_judge  in lab/judges.py: any expression over the given numbers, each once, that is 24
+    game24   game24_judge  in lab/judges.py: any expression that has each given number once and equals 24
 
-A row of a task may name another rule as its kind, such as my_rules.date_judge. (The name must end in _judge, so that no
-data file can call just anything.) `--reward` replaces `rules` as a whole: see `score`.
+A row of a task may name another rule as its kind, such as my_rules.date_judge. (The name must end in _judge, so that a
+data file cannot call just any function.) `--reward` replaces `rules` as a whole: see `score`.
 
-`rule_judge` compares the *whole* prediction with each accepted answer and never looks for one inside the other. So all
-of these earn 0, with no list of tricks to keep up to date: several candidates ("Paris or London"), a sentence that
-contains the answer, an added detail ("Paris, France"), "unknown", and the question itself. A policy finds every false
-positive, and a false negative only slows it down. So in doubt the rules say 0, and a spelling that should count belongs
-among the accepted answers. `tasks.read_row` sees to it that there is one, and none is empty.
+`rule_judge` compares the *whole* prediction with each accepted answer and never looks for one inside the other. So it
+needs no list of tricks. All of these earn 0: several candidates ("Paris or London"), a sentence that contains the
+answer, an added detail ("Paris, France"), "unknown", and the question itself. A policy finds every false positive, but
+a false negative only slows it down. So the rules say 0 when in doubt. If another spelling should count, add it to the
+accepted answers. `tasks.read_row` checks that there is at least one and that none is empty.
 
-Both sides are treated alike, so an accepted answer always matches itself, commas, slashes and "and" included:
-- Wrapping goes: "The answer is X.", "Final answer: X", **X**, "X", `X`, $X$, \\(X\\), \\boxed{X}, one full stop.
-- Spelling is evened out: Unicode form, case, accents on Latin letters, a leading a/an/the, white space, and the
-  punctuation of prose. What can carry meaning stays: C++ and C#, A- and A+, n! and n, 3:2, x-y, f'.
-- Numbers are compared by exact value: 1,234 = 1234.0, 3/4 = 0.75, 1.5e6 = 1500000, but 1/3 is not 0.333 and 3,14 is
+The rules treat both sides alike, so an accepted answer always matches itself, even with commas, slashes or "and" in it:
+- They drop wrapping: "The answer is X.", "Final answer: X", **X**, "X", `X`, $X$, \\(X\\), \\boxed{X}, one full stop.
+- They even out spelling: Unicode form, case, accents on Latin letters, a leading a/an/the, white space, and the
+  punctuation of prose. They keep what can carry meaning: C++ and C#, A- and A+, n! and n, 3:2, x-y, f'.
+- They compare numbers by exact value: 1,234 = 1234.0, 3/4 = 0.75, 1.5e6 = 1500000, but 1/3 is not 0.333 and 3,14 is
   not 3.14. Leading zeros do not count.
-- The rest of a number is its unit: $5 = 5 dollars, 50% = 50 percent. Two units must be the same. One side may
+- The text beside a number is its unit: $5 = 5 dollars, 50% = 50 percent. Two units must be the same. One side may
   leave its unit out only if the question asks for that unit ("How many apples ...", "..., in km?", "What percent
-  ...?"). A percent is such a unit: 50% is never 0.5, and is 50 only if a percentage is asked for.
-- Whole dates are compared as days: 5 January 1964 = January 5th, 1964 = 1964-01-05. 1/5/1964 is text: which is it?
+  ...?"). Percent is a unit too: 50% is never 0.5, and is 50 only if the question asks for percent.
+- They compare whole dates as days: 5 January 1964 = January 5th, 1964 = 1964-01-05. 1/5/1964 is ambiguous: text.
 
 `rule_judge` does not read number words (five, million), convert units, do algebra, know synonyms, or tell MW from mW.
 """
@@ -64,11 +64,11 @@ NUMBER = re.compile(
 
 class Number(NamedTuple):
     value: Fraction
-    unit: str  # "" where none is written
+    unit: str  # "" if none is written
 
 
 def fold(text: str) -> str:
-    """One spelling for what differs in Unicode, case, accents, LaTeX or white space alone."""
+    """Even out what is only spelling: Unicode form, case, accents, LaTeX, white space."""
     # Plain compatibility folding would read 10² as 102, 10₂ as 102, and 1½ or 1\frac{1}{2} as 11/2.
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", r"^\g<0>", text)
     text = re.sub(r"(?<=\d)(?=[₀-₉])", "_", text)
@@ -117,7 +117,7 @@ def parse_number(text: str) -> Number | None:
     """The exact value and the unit of a text that starts with a number, else None."""
     text = unwrap(text)
     match = NUMBER.match(text)
-    # Python refuses to convert very long digit strings; those are compared as text.
+    # Python refuses to convert very long digit strings, so they are compared as text.
     if match is None or len(text) > 200 or (match["sign"] and match["inner_sign"]):
         return None
     if match["decimal"]:
@@ -175,7 +175,7 @@ RULES: dict[str, Callable | str] = {
 
 
 def rules(examples: list, predictions: list[str], frozen: Any) -> list[float]:
-    """The default of `--reward`: each prediction by the rule for its kind of question."""
+    """The default of `--reward`: judge each prediction by the rule for its kind of question."""
     return [
         find(example.kind, RULES)(example.question, example.answer, prediction)
         for example, prediction in zip(examples, predictions)
@@ -183,7 +183,7 @@ def rules(examples: list, predictions: list[str], frozen: Any) -> list[float]:
 
 
 def score(examples: list, groups: list[list], reward: Callable, frozen: Any) -> list[tuple]:
-    """Set the outcome rewards of trajectories [question][sample] -> (example, trajectory), in order.
+    """Set the reward of each trajectory in groups [question][sample] -> pairs (example, trajectory), in order.
 
     `reward(examples, predictions, frozen) -> list of float` sees all of them at once. `frozen` is the engine of the
     frozen modules, so a language model can be the judge without a second copy of its weights.

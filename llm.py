@@ -1,18 +1,18 @@
 """Engines that turn prompt tokens into completion tokens, and the lockstep that batches many questions.
 
-This is the surface of an engine, and all that the agent and the trainer know of it:
+The agent and the trainer use an engine through these methods alone:
 
     engine.encode(prompt)           -> prompt_ids, through the tokenizer's chat template
     engine.generate_batch(list)     -> a `Completion` for each `Request`, in order; or, if the engine batches by itself,
     await engine.generate(request)  -> a `Completion`; requests run together as they come
-    engine.load_weights(state)      new weights for the policy; everything cached from the old ones is dropped
+    engine.load_weights(state)      takes new weights, and drops everything cached from the old ones
     engine.sleep()                  gives memory back to the trainer, until the next `load_weights`
 
     TransformersEngine   in this process, on CPU, CUDA or MPS; repeats bit for bit on a CPU
     VLLMEngine           in this process, for a GPU; continuous batching, so no trajectory waits for another
-    HTTPEngine           any server with the OpenAI API; its weights are not ours to change
+    HTTPEngine           any server with the OpenAI API; it cannot be given new weights
 
-Text is tokenised once, when it becomes a prompt. Sampled ids stay ids all the way into the loss.
+Text is tokenised once, when it becomes a prompt. Sampled ids go into the loss as they are.
 """
 
 import asyncio
@@ -41,19 +41,19 @@ from urllib3 import Retry
 from flow_grpo import micro_batches
 from tools import UserError
 
-transformers_logging.disable_progress_bar()  # of loading and saving: our own bars show what takes time
+transformers_logging.disable_progress_bar()  # it shows loads and saves; our own bars show what takes time
 
 
 class EngineError(RuntimeError):
-    """The engine failed: a fault of the machine that stops the run, never an empty answer that gets judged."""
+    """The engine failed. This stops the run, so that no empty answer is judged in place of a real one."""
 
 
 @dataclass(frozen=True)
 class Request:
-    prompt_ids: tuple[int, ...] | str  # as `encode` gave them; a server is given the text itself
+    prompt_ids: tuple[int, ...] | str  # what `encode` returned: for a server, the text itself
     max_tokens: int
     temperature: float  # 0 is greedy
-    seed: int = 0  # of this request alone; not used when greedy
+    seed: int = 0  # this request's own; greedy requests do not use it
 
 
 @dataclass
@@ -66,8 +66,8 @@ class Completion:
     usage: tuple[int, int]  # tokens read and written, as if nothing were cached
 
 
-def derive_seed(*key: Any) -> int:
-    """A seed of 63 bits from run seed, step, question, sample, role and turn: no request shares its randomness."""
+def derive_seed(*key) -> int:
+    """A seed of 63 bits from run seed, step, question, sample, role and turn, so no two requests share randomness."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -75,10 +75,10 @@ def derive_seed(*key: Any) -> int:
 
 
 def best_device(name: str = "auto") -> str:
-    """The device of that name; for auto cuda or mps if the machine has one, else cpu."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    """The device of that name; auto means cuda or mps if the machine has one, else cpu."""
     if name == "auto":
-        return accelerator.type if accelerator else "cpu"
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = accelerator.type if accelerator else "cpu"
     return name
 
 
@@ -86,27 +86,28 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
     """(model, tokenizer) from a Hugging Face folder, a hub name, or the folder of a LoRA adapter, which comes with its
     base; `UserError` when it is none of them."""
     try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load a model from {path}: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval(), tokenizer
 
 
 def add_adapter(model: Any, rank: int, seed: int = 0) -> None:
-    """Freeze the model and put a LoRA adapter, in float32, on all its linear layers; it begins as zero."""
+    """Freeze the model and put a LoRA adapter, in float32, on all its linear layers. It begins as zero."""
     from peft import LoraConfig
 
     torch.manual_seed(seed)
     model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # updates are far smaller than a bfloat16 weight can follow
+            parameter.data = parameter.data.float()  # a bfloat16 weight would round small updates away
 
 
 class Engine:
-    """What the engines share: the tokenizer, through which a prompt becomes ids, once."""
+    """What the engines share: the tokenizer, which turns each prompt into ids once."""
 
-    def __init__(self, tokenizer: Any, generation_config: Any):
+    def __init__(self, tokenizer, generation_config):
         self.tokenizer = tokenizer
         eos = generation_config.eos_token_id
         eos = [eos] if isinstance(eos, int) else list(eos or [])
@@ -117,7 +118,7 @@ class Engine:
 
         @functools.lru_cache(4096)  # the rollouts of a group begin with the same prompts
         def encode(prompt: str) -> tuple[int, ...]:
-            """One user message in the chat template. Text never becomes a control token: it gets a space inside."""
+            """The ids of one user message. A space inside each control token in the prompt makes it plain text."""
             for token in control_tokens:
                 prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
             return tuple(tokenizer(chat.replace("{prompt}", prompt), add_special_tokens=False)["input_ids"])
@@ -138,7 +139,7 @@ class Engine:
 
 
 class TransformersEngine(Engine):
-    """Batched sampling with a KV cache. Holds its own copy of the weights, so a frozen module stays frozen."""
+    """Samples in batches with a KV cache. It holds its own copy of the weights, so a frozen module stays frozen."""
 
     def __init__(
         self,
@@ -146,19 +147,20 @@ class TransformersEngine(Engine):
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         lora_rank: int = 0,
-        batch_tokens: int = 8192,
+        batch_tokens: int = 0,
     ):
         self.model, tokenizer = load_model(path, device, dtype)
         super().__init__(tokenizer, self.model.generation_config)
-        if lora_rank:  # the adapter of the policy has its place here
+        if lora_rank:  # `load_weights` will fill it with the policy's adapter
             add_adapter(self.model, lora_rank)
-        self.batch_tokens = batch_tokens  # of requests that run together: prompts and completions, padding included
+        # Of requests that run together: prompts and completions, padding included.
+        self.batch_tokens = batch_tokens or (65536 if device == "cuda" else 8192)
 
     def load_weights(self, state_dict: dict[str, Tensor]) -> None:
         self.model.load_state_dict(state_dict)
 
     def generate_batch(self, requests: list[Request]) -> list[Completion]:
-        """Run everything that is pending, in batches of requests of similar length."""
+        """Run all requests, in batches of similar length."""
         lengths = [len(request.prompt_ids) + request.max_tokens for request in requests]
         completions = {}
         for rows in micro_batches(lengths, self.batch_tokens, max_padding=0.5):
@@ -167,9 +169,9 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def _generate(self, requests: list[Request]) -> list[Completion]:
-        """One pass over the prompts, padded on the LEFT so that all of them end together; then a token at a time."""
+        """Read the prompts in one pass, padded on the LEFT so that all end together; then sample token by token."""
         device = self.model.device
-        prompts = list(dict.fromkeys(request.prompt_ids for request in requests))  # equal ones share their pass
+        prompts = list(dict.fromkeys(request.prompt_ids for request in requests))  # equal prompts share one pass
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (U,)
         ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True, padding_side="left")
         mask = torch.arange(-ids.shape[1], 0, device=device) >= -lengths[:, None]  # (U, S), True on real tokens
@@ -177,7 +179,7 @@ class TransformersEngine(Engine):
         cache = DynamicCache(config=self.model.config)
         hidden = self._forward(ids.to(device), mask, positions, cache)  # (U, D)
 
-        # Samples of one prompt start from its pass, then go their own ways: U prompts become B rows.
+        # Samples of one prompt share its pass. From here each has a row of its own: U prompts become B rows.
         number = {prompt: n for n, prompt in enumerate(prompts)}
         copies = torch.tensor([number[request.prompt_ids] for request in requests], device=device)  # (B,)
         hidden, mask, positions = hidden[copies], mask[copies], positions[copies, -1:]
@@ -186,7 +188,7 @@ class TransformersEngine(Engine):
         limits = torch.tensor([request.max_tokens for request in requests], device=device)  # (B,)
         uniforms = self._uniforms(requests, int(limits.max()))  # (B, T)
         eos = torch.tensor(self.eos_ids, device=device)
-        rows = torch.arange(len(requests), device=device)  # those that still run
+        rows = torch.arange(len(requests), device=device)  # the requests that still run
         sampled, logprobs = [[] for _ in requests], [[] for _ in requests]
         for t in range(int(limits.max())):
             logits = self.model.lm_head(hidden).float()  # (R, V)
@@ -197,7 +199,7 @@ class TransformersEngine(Engine):
             keep = (~torch.isin(tokens, eos) & (limits[rows] > t + 1)).nonzero()[:, 0]
             if len(keep) == 0:
                 break
-            if len(keep) < len(rows):  # who has finished leaves the batch
+            if len(keep) < len(rows):  # finished rows leave the batch
                 rows, tokens, mask, positions = rows[keep], tokens[keep], mask[keep], positions[keep]
                 cache.batch_select_indices(keep)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
@@ -213,10 +215,10 @@ class TransformersEngine(Engine):
         return output.last_hidden_state[:, -1]
 
     def _uniforms(self, requests: list[Request], max_tokens: int) -> Tensor:
-        """(B, max_tokens) numbers in [0, 1), each row from its request's own seed: the batch around it has no say."""
+        """(B, max_tokens) numbers in [0, 1). A row depends on its request's seed, not on the batch."""
         generator = torch.Generator()
         rows = [torch.rand(max_tokens, generator=generator.manual_seed(request.seed)) for request in requests]
-        # A vocabulary of 150k sums up to 1 within 1e-16 in float64, which MPS lacks.
+        # In float64, a vocabulary of 150k sums up to 1 within 1e-16. MPS has no float64.
         on_mps = self.model.device.type == "mps"
         return torch.stack(rows).to(self.model.device, torch.float32 if on_mps else torch.float64)
 
@@ -224,7 +226,7 @@ class TransformersEngine(Engine):
 def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """(R, V), (R,), (R,) -> token ids (R,) and their log-probs (R,): the policy itself, no top-k, top-p or penalty.
 
-    One uniform number picks a token by the inverse of the cumulative distribution; temperature 0 takes the largest.
+    One uniform number picks a token by the inverse of the cumulative distribution; temperature 0 takes the likeliest.
     """
     greedy = temperatures == 0
     all_logprobs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperatures)[:, None], dim=-1)
@@ -236,29 +238,28 @@ def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tens
 
 # --- vLLM, in this process --------------------------------------------------------------------------------------------
 
-VLLM_SETTINGS = {  # read once, when vLLM is imported
+VLLM_SETTINGS = {  # vLLM reads them once, at its import
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights are handed over in memory, not through a socket
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "TRITON_F32_DEFAULT": "ieee",  # its attention would round float32 to tf32, which the trainer does not
+    "TRITON_F32_DEFAULT": "ieee",  # else its attention rounds float32 to tf32, unlike the trainer
     "OMP_NUM_THREADS": str(torch.get_num_threads()),
 }
 
 
 class VLLMEngine(Engine):
-    """Requests enter as they come and are decoded together, whatever trajectory, turn or module they belong to. Nobody
-    waits for the slowest. The price: sums are made in the order of arrival, so a run repeats only nearly.
+    """Takes requests as they come and decodes them together, whatever trajectory, turn or module they belong to. No
+    trajectory waits for the slowest. But sums depend on the order of arrival, so a run repeats only nearly.
 
-    `memory_share` of the GPU is taken for weights and KV cache. With a `lora_rank` it serves two models at once: the
+    Weights and KV cache take `memory_share` of the GPU. With a `lora_rank`, one engine serves two models at once: the
     base weights (`without_adapter()`) and the base with the last adapter that was loaded.
     """
 
     def __init__(
         self, path: str | Path, device: str, dtype: torch.dtype, memory_share=0.4, lora_rank=0, can_sleep=False
     ):
-        for name, value in VLLM_SETTINGS.items():
-            os.environ.setdefault(name, value)
+        os.environ |= VLLM_SETTINGS
         import vllm
 
         adapter = Path(path) / "adapter_config.json"
@@ -267,18 +268,18 @@ class VLLMEngine(Engine):
             settings = json.loads(adapter.read_text())
             lora_rank, base = settings["r"], settings["base_model_name_or_path"]
         options = dict(enforce_eager=True)
-        if device != "cpu":  # no piecewise CUDA graphs: an engine that starts clears those of every other engine here
+        if device != "cpu":  # no piecewise CUDA graphs: a new engine would clear them in all other engines
             options = dict(gpu_memory_utilization=memory_share, enable_sleep_mode=can_sleep, max_num_seqs=512)
             options["compilation_config"] = {"cudagraph_mode": "FULL_DECODE_ONLY"}
         if lora_rank:
             rank = 1 << (max(8, lora_rank) - 1).bit_length()  # the next power of two: vLLM takes no others
-            # Beside rows with an adapter, a row without one reads slot -1, the last, on a CPU: it must stay empty.
+            # On a CPU, if other rows have an adapter, a row without one reads slot -1, the last: keep that one empty.
             options |= dict(enable_lora=True, max_lora_rank=rank, max_loras=2 if device == "cpu" else 1)
         self.llm = vllm.LLM(
             model=base,
             dtype=str(dtype).removeprefix("torch."),
-            generation_config="vllm",  # not the sampling habits that come with the model: no top-k, no penalty
-            logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after the temperature
+            generation_config="vllm",  # ignores the model's own sampling settings, such as top-k
+            logprobs_mode="processed_logprobs",  # log-probs of the sampled distribution: after the temperature
             **options,
         )
         super().__init__(self.llm.get_tokenizer(), GenerationConfig.from_pretrained(base))
@@ -293,7 +294,7 @@ class VLLMEngine(Engine):
             self.load_adapter(path)
 
     def without_adapter(self) -> "VLLMEngine":
-        """The same engine, as a server of the base weights: the frozen modules beside a LoRA planner."""
+        """The same engine with its base weights, for the frozen modules beside a LoRA planner."""
         frozen = copy.copy(self)
         frozen.lora_request = None
         return frozen
@@ -310,7 +311,7 @@ class VLLMEngine(Engine):
             temperature=request.temperature,
             seed=request.seed if self.seeded and request.temperature else None,
             stop_token_ids=self.eos_ids,
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # only the sampled token's
             flat_logprobs=True,
             detokenize=False,
         )
@@ -324,11 +325,12 @@ class VLLMEngine(Engine):
     async def _step_while_somebody_waits(self) -> None:
         try:
             while self.waiting:
-                await asyncio.sleep(0)  # who has just got a text can add the next request before the next token
+                await asyncio.sleep(0)  # trajectories that just got a text may add a request before the next token
                 for output in self.engine.step():
                     if output.finished:
-                        self.waiting.pop(output.request_id).set_result(self._completion(output))
-        except Exception as error:  # everyone who waits must hear of it, or the run would hang
+                        completion = self._completion(output)
+                        self.waiting.pop(output.request_id).set_result(completion)
+        except Exception as error:  # all who wait must get the error, or the run would hang
             for future in self.waiting.values():
                 future.set_exception(error)
         finally:  # also when the rollouts were cancelled
@@ -336,7 +338,7 @@ class VLLMEngine(Engine):
             self.waiting.clear()
             self.greedy.clear()
 
-    def _completion(self, output: Any) -> Completion:
+    def _completion(self, output) -> Completion:
         sampled = output.outputs[0]
         if sampled.finish_reason not in ("stop", "length"):
             raise EngineError(f"vLLM ended a request by {sampled.finish_reason!r}")
@@ -347,7 +349,7 @@ class VLLMEngine(Engine):
         self._wake("weights")
         weights = ((name, tensor.detach()) for name, tensor in state_dict.items())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self._wake("kv_cache")  # only now: old and new weights are in memory until here
+        self._wake("kv_cache")  # not sooner, as memory has held old and new weights until here
         self._forget()
 
     def load_adapter(self, folder: str | Path) -> None:
@@ -360,20 +362,20 @@ class VLLMEngine(Engine):
         self._forget()
 
     def _forget(self) -> None:
-        """Drop what was computed with the old weights. vLLM refuses, without an error, while a request is running."""
+        """Drop what was computed with the old weights. While a request runs, vLLM refuses, but raises no error."""
         self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise EngineError("vLLM did not drop its prefix cache after a change of weights: requests are running")
 
     def sleep(self) -> None:
         if self.can_sleep and not self.asleep:
-            # Level 2 forgets the weights, as all of them come anew; under an adapter the base must outlive the sleep.
+            # Level 2 drops all weights: `load_weights` brings new ones. Under an adapter the base must stay: level 1.
             self.llm.sleep(level=1 if self.lora_rank else 2)
             self.asleep = True
 
     def _wake(self, *tags: str) -> None:
         if self.asleep:
-            torch.cuda.empty_cache()  # what the trainer has freed and still holds
+            torch.cuda.empty_cache()  # memory that the trainer has freed, but torch still holds
             self.llm.wake_up(tags=list(tags))
 
 
@@ -381,10 +383,10 @@ class VLLMEngine(Engine):
 
 
 class HTTPEngine(Engine):
-    """A model behind a server, asked by chat completions: `address` is its base URL and the model's name, such as
-    http://localhost:8000/v1#NAME. The key is read from OPENAI_API_KEY.
+    """A model behind a server with chat completions. `address` is the server's base URL and the model's name, such as
+    http://localhost:8000/v1#NAME. OPENAI_API_KEY holds the key.
 
-    A fault of the server is tried again, then it is an `EngineError`, never an empty text.
+    If the server fails, the engine tries again. If it keeps failing, the engine raises an `EngineError`.
     """
 
     def __init__(self, address: str, concurrency=64, timeout_s=300.0, backoff_s=1.0):
@@ -392,11 +394,11 @@ class HTTPEngine(Engine):
         if not self.model:
             raise UserError(f"{address} names no model: write {address}#NAME")
         self.timeout_s = timeout_s
-        self.threads = ThreadPoolExecutor(concurrency)  # and so many requests at once
+        self.threads = ThreadPoolExecutor(concurrency)  # one per request in flight
         self.session = requests.Session()
-        self.session.auth = lambda request: request  # else requests replaces our key by what ~/.netrc has
-        again = (408, 425, 429, 500, 502, 503, 504)
-        retry = Retry(5, status_forcelist=again, allowed_methods=None, backoff_factor=backoff_s)
+        self.session.auth = lambda request: request  # else `requests` takes a key from ~/.netrc instead of ours
+        again = (408, 409, 425, 429, *range(500, 600))
+        retry = Retry(5, status_forcelist=again, allowed_methods=None, backoff_factor=backoff_s, retry_after_max=60)
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency, max_retries=retry))
         if key := os.environ.get("OPENAI_API_KEY"):
@@ -413,21 +415,21 @@ class HTTPEngine(Engine):
         body["messages"] = [{"role": "user", "content": request.prompt_ids}]
         try:
             url = f"{self.url}/chat/completions"
-            response = self.session.post(url, json=body, timeout=self.timeout_s, allow_redirects=False)
+            response = self.session.post(url, json=body, timeout=(10, self.timeout_s), allow_redirects=False)
             response.raise_for_status()
             answer = response.json()
-            choice, usage = answer["choices"][0], answer["usage"]
+            choice, usage = answer["choices"][0], answer.get("usage") or {}
             text, reason = choice["message"]["content"], choice["finish_reason"]
-            tokens = usage["prompt_tokens"], usage["completion_tokens"]
+            tokens = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
             if not isinstance(text, str) or not (text or tokens[1]) or reason not in ("stop", "length"):
                 raise ValueError(f"no text, finish_reason {reason!r}")
-        except (requests.RequestException, ValueError, LookupError, TypeError) as error:
+        except (requests.RequestException, ValueError, LookupError, TypeError, AttributeError) as error:
             raise EngineError(f"{self.url} failed: {type(error).__name__}: {str(error)[:300]}") from error
         return Completion([], [], [], text, reason, tokens)
 
 
 def open_engine(kind: str, model: str, device: str, dtype: torch.dtype, lora_rank: int = 0, **vllm_options) -> Engine:
-    """The engine for a model: HTTP for a URL, else the kind that is named, transformers or vllm. With a `lora_rank` it
+    """The engine for a model: HTTP for a URL, else the `kind`, transformers or vllm. With a `lora_rank` the engine
     samples the model with an adapter. The `vllm_options` are memory_share and can_sleep."""
     if model.startswith(("http://", "https://")):
         return HTTPEngine(model)
@@ -440,11 +442,11 @@ def open_engine(kind: str, model: str, device: str, dtype: torch.dtype, lora_ran
 
 
 class Lockstep:
-    """Runs many trajectories and batches their requests in a way that repeats: it waits until every live trajectory
-    waits for text (tools in flight included), then runs the requests for one engine, in the order of the trajectories.
-    The first engine that somebody waits for goes first, so the prompts for the other ones come together.
+    """Runs many trajectories and batches their requests in an order that repeats. It waits until every live trajectory
+    has asked for a text, so tools finish first. Then it runs the requests for one engine, in the order of trajectories.
+    An engine that comes first in `engines` also runs first, so that the prompts for later ones gather.
 
-    An engine with a `generate` of its own batches by itself: for the others, its text is one more tool in flight.
+    An engine with its own `generate` batches by itself. Then the lockstep waits for its text as it waits for a tool.
     """
 
     def __init__(self, *engines: Engine):
@@ -452,7 +454,7 @@ class Lockstep:
         self.waiting = {engine: [] for engine in engines}  # engine -> (order, request, future) of each request
 
     async def generate(self, engine: Engine, request: Request, order: int) -> Completion:
-        """Called by trajectory number `order`, which has at most one request pending at a time."""
+        """Answer trajectory number `order`, which may have only one request pending."""
         if hasattr(engine, "generate"):
             return await engine.generate(request)
         future = asyncio.get_running_loop().create_future()
@@ -461,12 +463,12 @@ class Lockstep:
         return await future
 
     async def gather(self, trajectories: Iterable[Coroutine]) -> list:
-        """Await all. The first error is raised; then `asyncio.run`, in which this runs, cancels the others."""
+        """Await all trajectories. The first error is raised; then the `asyncio.run` around this cancels the others."""
         trajectories = list(trajectories)
         self.live = len(trajectories)
         return await asyncio.gather(*map(self._follow, trajectories))
 
-    async def _follow(self, trajectory: Coroutine) -> Any:
+    async def _follow(self, trajectory: Coroutine):
         result = await trajectory
         self.live -= 1
         self._run_if_all_wait()

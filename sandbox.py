@@ -28,7 +28,7 @@ from pathlib import Path
 
 
 def extract_code(text: str) -> str:
-    """The last block fenced as Python (a model corrects itself downwards), else the first fenced one (a second is
+    """The last block fenced as Python (a model corrects itself further down), else the first fenced one (a second is
     often sample output), else the whole text. A fence that is never closed ends with the text."""
     tagged, blocks = [], []
     for piece in re.split("`{3,}", text)[1::2]:  # every other piece stands between two fences
@@ -47,10 +47,10 @@ def extract_code(text: str) -> str:
 ENVIRONMENT = {"TMPDIR": "."}  # all that a program inherits
 SCRATCH_MB = 8  # of one file
 MAX_OUTPUT = 1 << 20  # bytes that a program may print: the exit code of one that is killed for it says nothing
-START_TIMEOUT_S = 60  # for the machine, however busy; the program's own clock starts when the sandbox is READY
+START_TIMEOUT_S = 60  # a busy machine is slow to start; the program's own clock begins when the sandbox is READY
 READY = b"ready\n"
 
-# Runs inside the sandbox before the program: gives up rights, sets limits, says it is ready, and only then reads it.
+# BOOT runs in the sandbox: it gives up rights, sets limits, says that it is ready, and only then reads the program.
 # A preexec_fn would do the same at the price of forking the whole training process for each program.
 BOOT = r"""
 import builtins, encodings, os, resource, sys
@@ -88,11 +88,11 @@ class Failure(str):
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[str]:
-    """An empty folder, removed afterwards, whatever a program has made of it."""
+    """An empty folder that is removed afterwards, whatever a program has put into it."""
     try:
         with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as scratch:
             yield scratch
-    except RecursionError:  # folders in folders, more than Python can walk down
+    except RecursionError:  # folders nested deeper than Python can walk
         subprocess.run(["rm", "-rf", "--", scratch])
 
 
@@ -113,11 +113,11 @@ class Sandbox:
     def describe(self) -> str:
         """One line to print at start."""
         user = "the user nobody" if os.getuid() == 0 else "this user"
-        advice = "" if self.level == "bubblewrap" else " (bubblewrap, where it can be installed, closes this)"
+        advice = "" if self.level == "bubblewrap" else " (bubblewrap closes this, if you can install it)"
         return f"sandbox: {self.level}; in reach of a program: {self.LEVELS[self.level].format(user=user)}{advice}"
 
     async def run(self, code: str) -> str:
-        """What the program printed; a Failure that ends with the traceback when it fails. Runs it once."""
+        """Run the program once -> what it printed. If it failed, this is a `Failure` that ends with the traceback."""
         slots = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(os.cpu_count() or 1))
         async with slots:
             with scratch_folder() as scratch:
@@ -163,7 +163,7 @@ class Sandbox:
 
     async def _kill_whole(self, process: asyncio.subprocess.Process) -> None:
         if process.returncode is None:
-            with contextlib.suppress(OSError):  # a program that has left the group: it is the first of its namespace
+            with contextlib.suppress(OSError):  # a program may have left the group: kill the first of its namespace
                 children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
                 for child in map(int, children):
                     os.kill(child, signal.SIGKILL)
@@ -171,11 +171,11 @@ class Sandbox:
                 os.killpg(process.pid, signal.SIGKILL)
 
         async def drain() -> None:
-            while await process.stdout.read(65536):  # ends when nobody is left to write to it
+            while await process.stdout.read(65536):  # ends when no process can write to it any more
                 pass
             await process.wait()
 
-        await asyncio.wait_for(drain(), START_TIMEOUT_S)  # better an error than a run that hangs
+        await asyncio.wait_for(drain(), START_TIMEOUT_S)  # an error is better than a run that hangs
 
     def _result(self, output: bytes, exit_code: int, timed_out: bool) -> str:
         text = output.decode(errors="replace").strip()
@@ -221,14 +221,14 @@ class Sandbox:
             "RLIMIT_NOFILE": 24,  # files without a name are memory that no other limit counts: 24 of SCRATCH_MB at most
             "RLIMIT_FSIZE": SCRATCH_MB << 20,
             "RLIMIT_CORE": 0,
-            "RLIMIT_NPROC": 0,  # no child, so none to outlive its program or to share out the other limits
+            "RLIMIT_NPROC": 0,  # no child: it could outlive the program and would have limits of its own
         }
         if sys.platform == "darwin":
             del limits["RLIMIT_AS"]  # macOS refuses it
-        # The interpreter below any virtual environment; -I -S leave it the standard library alone.
+        # This is the interpreter below any virtual environment. -I -S leave it only the standard library.
         interpreter = f"{sys.base_prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
         python = [interpreter, *"-I -S -B -u -X utf8 -c".split(), BOOT, *(f"{k}={v}" for k, v in limits.items())]
-        root = os.getuid() == 0  # anyone else gets namespaces by way of a user namespace of his own
+        root = os.getuid() == 0  # any other user needs a user namespace before the other namespaces
         if level == "process":
             return python
         if level == "namespaces":
@@ -238,7 +238,7 @@ class Sandbox:
             runtime = [sys.base_prefix, "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache"]
             options = subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
             size = f"--size {SCRATCH_MB << 20}" if "--size" in options else ""  # since bubblewrap 0.7
-            capabilities = "--cap-add CAP_SETUID --cap-add CAP_SETGID" if root else ""  # given up again in BOOT
+            capabilities = "--cap-add CAP_SETUID --cap-add CAP_SETGID" if root else ""  # BOOT gives them up again
             return [
                 *"bwrap --unshare-ipc --unshare-net --unshare-pid --unshare-uts --die-with-parent".split(),
                 *(word for parent in reversed(Path(sys.base_prefix).parents) for word in ("--dir", str(parent))),

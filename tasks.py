@@ -31,7 +31,7 @@ from tools import UserError, find
 @dataclass(frozen=True)
 class Example:
     question: str  # with its choices, if it has some
-    answer: str | list[str]  # several accepted answers are a list; of a choice, its letter and its content
+    answer: str | list[str]  # a list: several accepted answers, or a choice's letter and content
     family: str = "all"  # a kind of question, for tables by family
     kind: str = "text"  # how answers are compared
 
@@ -60,8 +60,8 @@ def load_examples(task: str, split: str) -> list[Example]:
 
 
 def questions_of_step(train_set: list[Example], step: int, count: int, seed: int) -> list[Example]:
-    """The next `count` questions of an endless stream, shuffled anew each epoch. It is a function of the step alone, so
-    that a run which is continued needs no other state."""
+    """`count` questions of an endless stream, shuffled anew each epoch. They depend on seed and step alone, so
+    a run that continues needs no other state."""
     n, first = len(train_set), (step - 1) * count
     epochs = range(first // n, (first + count - 1) // n + 1)
     order = [i for epoch in epochs for i in random.Random(f"{seed} epoch {epoch}").sample(range(n), n)]
@@ -81,7 +81,7 @@ def read_row(row: Any) -> Example:
     answers = list(map(as_text, answers if isinstance(answers, list) else [answers]))
     if not answers or not all(map(normalize, answers)):
         raise ValueError("the answer must be a text or a number, or a list of such, none of them empty")
-    if kind not in RULES and not kind.endswith("_judge"):  # so that data cannot have just any function called
+    if kind not in RULES and not kind.endswith("_judge"):  # so that data cannot call just any function
         raise ValueError(f"the kind must be one of {', '.join(RULES)}, or module.name_judge, not {kind!r}")
     try:
         find(kind, RULES)
@@ -99,11 +99,12 @@ def as_text(answer: Any) -> str:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """("FILE:LINE", what stands there) of each line of JSON; a malformed line is a `UserError`."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if line.strip():
-            place = f"{path}:{number}"
-            yield place, at(place, parse, line)
+    """Yield ("FILE:LINE", value) for each line of JSON. A malformed line is a `UserError`."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                place = f"{path}:{number}"
+                yield place, at(place, parse, line)
 
 
 def append(path: Path, *rows: dict) -> None:
@@ -115,7 +116,7 @@ def append(path: Path, *rows: dict) -> None:
 def parse(line: bytes) -> Any:
     try:
         row = json.loads(line.decode(), parse_constant=refuse)
-        json.dumps(row, ensure_ascii=False).encode()  # no lone surrogate, which JSON allows and tokenizers do not
+        json.dumps(row, ensure_ascii=False).encode()  # refuses a lone surrogate: JSON allows it, tokenizers do not
         return row
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -126,7 +127,7 @@ def refuse(constant: str) -> None:
 
 
 def at(place: str, read: Callable, value: Any) -> Any:
-    """read(value), its `ValueError` as a `UserError` that names the place."""
+    """read(value); a `ValueError` becomes a `UserError` that names the place."""
     try:
         return read(value)
     except ValueError as error:
@@ -135,7 +136,7 @@ def at(place: str, read: Callable, value: Any) -> Any:
 
 # --- articles ---------------------------------------------------------------------------------------------------------
 
-# In nearly every article: they rank nothing, and cost most of the time of a search.
+# Nearly every article has these words. They rank nothing, and cost most of the time of a search.
 STOP_WORDS = set("a an and are at by did do does for from how in is of on or that the to was what which who".split())
 
 
@@ -159,7 +160,7 @@ class Corpus:
         """The k best (title, text). Any text is a legal query: its words are quoted, then joined by OR."""
         words = list(dict.fromkeys(re.findall(r"\w+", query.lower())))[:64]  # FTS5 bounds the depth of a query
         match = " OR ".join(f'"{word}"' for word in [w for w in words if w not in STOP_WORDS] or words)
-        # A title counts tenfold: who names a thing wants its own article, not one that mentions it.
+        # A title counts tenfold: a query that names a thing wants its own article, not one that mentions it.
         ranked = """SELECT title, text FROM articles WHERE articles MATCH ?
                     ORDER BY bm25(articles, 10.0, 1.0), rowid LIMIT ?"""
         return self.connection.execute(ranked, (match, k)).fetchall() if words else []
@@ -169,8 +170,8 @@ class Corpus:
 
 
 def load_corpus(task: str = "tinyworld", needed: bool = True) -> Corpus | None:
-    """The articles of the bundled world, or the corpus.db of a task's folder. Without one, `UserError` if it is needed,
-    else None."""
+    """The articles of the bundled world, or the corpus.db of a task's folder. If there is none: `UserError` if it is
+    needed, else None."""
     if task == "tinyworld":
         return Corpus.from_articles(World(seed=0).articles.items())
     path = Path(task) / "corpus.db"
@@ -192,8 +193,8 @@ def read_article(row: Any) -> tuple[str, str]:
 
 
 def index(articles: Path, path: Path) -> int:
-    """Make the corpus at `path` of a file of articles -> how many they are. It is built beside its place and moved
-    there when it is whole: nobody sees half of it."""
+    """Make the corpus at `path` from a file of articles -> number of articles. The corpus is built beside its place and
+    moved there when it is whole, so nobody sees half a corpus."""
     if path.exists() and path.samefile(articles):
         raise UserError(f"{path} is the file of articles itself: name another file for the corpus")
     partial = Path(f"{path}.partial-{os.getpid()}")

@@ -1,7 +1,7 @@
-"""What the executor can call, how its text becomes a call, and `find`, the door for functions of your own.
+"""The tools, the parser that makes a call of the executor's text, and `find`, which loads functions of your own.
 
-To add a tool, write one async function. Its docstring is what the planner reads. Name it in `TOOLS`, or leave it in a
-file of your own and name it on the command line:
+To add a tool, write one async function. The planner reads its docstring. Add the function to `TOOLS`, or leave it in
+a file of your own and name it on the command line:
 
     python train.py --tools Search Python_Coder my_tools.Calendar
 """
@@ -30,17 +30,17 @@ Use only the standard library. Do not read input or files. Answer with one ```py
 
 Query: {query}"""
 
-SEARCH_CHARS = 2000  # of each article: a long one would crowd the planner's memory
+SEARCH_CHARS = 2000  # limit per article: a long one would crowd the memory
 MAX_COMMAND_CHARS = 8000
-SIMPLE_TYPES = (str, int, float, bool, list, dict)  # of arguments; other annotations are not checked
+SIMPLE_TYPES = (str, int, float, bool, list, dict)  # types that `read_call` checks; it ignores other annotations
 
 
 class UserError(Exception):
-    """A user's mistake. The scripts print its one line, which says what to do, and exit with code 2."""
+    """A user's mistake. Its one line says what to do; the scripts print it and exit with code 2."""
 
 
 def find(name: str, known: dict[str, Callable | str]) -> Callable:
-    """The function of that name among the `known`, or any other as module.function, such as lab.web.Web_Search."""
+    """Look a name up among the `known`, else load it as module.function, such as lab.web.Web_Search."""
     target = known.get(name, name)
     if callable(target):
         return target
@@ -54,7 +54,7 @@ def find(name: str, known: dict[str, Callable | str]) -> Callable:
 
 @dataclass
 class ToolEnv:
-    """What a tool may use. Every tool receives it first, so tools hold no state of their own."""
+    """What a tool may use. Every tool gets it as first argument, so tools hold no state of their own."""
 
     ask: Callable[[str, str], Awaitable[str]]  # await ask(role, prompt) -> text of a frozen model; one call at a time
     corpus: Any  # tasks.Corpus, the articles that Search looks into
@@ -102,7 +102,7 @@ def find_tools(names: list[str]) -> dict[str, Callable]:
 
 
 def signature_of(tool: Callable) -> inspect.Signature:
-    """As the model sees it: without env."""
+    """The signature as the model sees it: without `env`."""
     signature = inspect.signature(tool, eval_str=True)
     return signature.replace(parameters=list(signature.parameters.values())[1:], return_annotation=signature.empty)
 
@@ -118,7 +118,7 @@ class Command:
     kwargs: dict
 
     def __str__(self) -> str:
-        """As the memory keeps it, however the model had written it: strings in double quotes."""
+        """The call as the memory keeps it: with double quotes, whichever quotes the model wrote."""
         arguments = (
             f"{key}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)}"
             for key, value in self.kwargs.items()
@@ -127,11 +127,11 @@ class Command:
 
 
 class CommandError(ValueError):
-    """Why a command cannot run, in words for the model that wrote it."""
+    """The command cannot run. The message tells the model why."""
 
 
 def parse_command(text: str, tools: dict[str, Callable] = TOOLS) -> Command:
-    """The first well-formed call of one of the tools in the model's text. Nothing in the text is ever executed."""
+    """Find the first well-formed call of a tool in the model's text. Python parses the text and never runs it."""
     if len(text) > MAX_COMMAND_CHARS:
         raise CommandError(f"the command is longer than {MAX_COMMAND_CHARS} characters")
     errors = []
@@ -147,22 +147,22 @@ def parse_command(text: str, tools: dict[str, Callable] = TOOLS) -> Command:
 
 
 def shortest_call(text: str) -> ast.Call:
-    """The call that the text begins with: the shortest piece up to a bracket that Python can parse."""
-    for bracket in list(re.finditer(r"\)", text))[:64]:  # a flood of brackets gets no more
+    """Parse the call that the text begins with: the shortest piece that ends with a bracket and is valid Python."""
+    for bracket in list(re.finditer(r"\)", text))[:500]:  # a flood of brackets would take too long
         with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of "\d" in a model's string: nobody here can mend it
+            warnings.simplefilter("ignore")  # about "\d" in a model's string, which nobody here can mend
             return ast.parse(text[: bracket.end()], mode="eval").body
     raise CommandError(f"{text[:80]!r} is not a valid call")
 
 
 def read_call(call: ast.Call, tools: dict[str, Callable]) -> Command:
-    """The call as a `Command`; `CommandError` when its arguments are no literal values or do not fit the tool."""
+    """Make a `Command`. Raises `CommandError` if an argument is no literal value or does not fit the tool."""
     name = call.func.id
     signature = signature_of(tools[name])
     try:
         args = [ast.literal_eval(argument) for argument in call.args]
         kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        json.dumps([args, kwargs], ensure_ascii=False).encode()  # no bytes, sets or lone surrogates pass
+        json.dumps([args, kwargs], ensure_ascii=False).encode()  # refuses bytes, sets and lone surrogates
     except (ValueError, TypeError, RecursionError, MemoryError):
         raise CommandError(f'the arguments of {name} must be literal values, such as "text" or 3') from None
     try:
@@ -179,6 +179,6 @@ def read_call(call: ast.Call, tools: dict[str, Callable]) -> Command:
 
 
 async def run_tool(env: ToolEnv, command: Command) -> tuple[str, bool]:
-    """The tool's text, and whether it succeeded. What a tool raises is a fault of the machine and stops the run."""
+    """The tool's text, and whether it succeeded. An exception is a fault of the machine, so it stops the run."""
     text = await env.tools[command.name](env, **command.kwargs)
     return str(text), not isinstance(text, Failure)

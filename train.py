@@ -1,13 +1,13 @@
-"""Train the planner in the flow: rollouts of the whole system, a Flow-GRPO step, new weights to the engine; again.
+"""Train the planner in the flow: each step samples the whole system, updates the planner and syncs its engine.
 
     python train.py                                   # the bundled world and backbone: minutes on a laptop
     python train.py --seed 1 --run_dir runs/other     # every flag: python train.py --help
 
-A run leaves a folder: config.json, metrics.jsonl (a line per step), rollouts.jsonl, test_before.jsonl,
-test_after.jsonl, curves.png, result.json, and checkpoint/, a plain Hugging Face folder (with --lora_rank, of the
-adapter) plus the optimizer. `lab/report.py` makes a page of it. The same command continues a run that was stopped, bit
-for bit on a CPU: each request's seed is derived from the run's seed, the step, the question, the sample and the turn,
-so there is no other random state to keep.
+A run leaves a folder: config.json, metrics.jsonl (one line per step), rollouts.jsonl, test_before.jsonl,
+test_after.jsonl, curves.png, result.json, and checkpoint/. The checkpoint is a Hugging Face folder of the model (of
+the adapter, if you set --lora_rank) plus the optimizer. `lab/report.py` makes a page of the run. If you stop a run,
+the same command continues it, bit for bit on a CPU. No random state needs saving: the seed of each request comes from
+the run's seed, the step, the question, the sample and the turn.
 """
 
 import json
@@ -50,41 +50,41 @@ class Config(SystemConfig):
     steps: int = setting(44, "* rollout batches, each followed by a policy update", group="the run", low=1)
     run_dir: str = setting("", "folder of the run; empty: runs/TASK-seedSEED")
     model: str = setting("tinyworld/backbone", "* model folder or hub name of the planner and the frozen modules")
-    frozen_model: str = setting("", "folder, hub name or a server's URL#NAME of the frozen modules; empty: --model")
+    frozen_model: str = setting("", "model of the frozen modules: folder, hub name or URL#NAME; empty: --model")
     eval_every: int = setting(12, "steps between checkpoints, evaluations on dev and printed trajectories", low=1)
-    dev_questions: int = setting(100, "questions of an evaluation on dev; 0: the whole split", low=0)
-    test_questions: int = setting(0, "questions of the test before and after; 0: the whole split", low=0)
+    dev_questions: int = setting(100, "dev questions per evaluation; 0: the whole split", low=0)
+    test_questions: int = setting(0, "test questions before and after training; 0: the whole split", low=0)
     # Flow-GRPO
     questions_per_step: int = setting(16, "* P, questions per step", group="Flow-GRPO", low=1)
     group_size: int = setting(8, "* G, trajectories per question", low=2)
     learning_rate: float = setting(6e-4, "* learning rate of AdamW after the warm-up", low=0)
     warmup_steps: int = setting(3, "optimizer steps over which the learning rate rises linearly", low=0)
-    decay: bool = setting(True, "whether the learning rate then falls linearly, to 0 at the end of the run")
+    decay: bool = setting(True, "linear decay of the learning rate, to 0 at the end of the run")
     updates_per_step: int = setting(1, "optimizer steps per rollout batch; the clip acts from the second on", low=1)
-    clip_low: float = setting(0.2, "epsilon below 1 (Eq. 5)", low=0)
-    clip_high: float = setting(0.2, "epsilon above 1 (Eq. 5); the authors ran 0.3", low=0)
+    clip_low: float = setting(0.2, "epsilon of the clip below a ratio of 1 (Eq. 5)", low=0)
+    clip_high: float = setting(0.2, "epsilon of the clip above a ratio of 1 (Eq. 5); the authors ran 0.3", low=0)
     kl_coef: float = setting(0.001, "* beta, weight of the KL to the initial policy (Eq. 5)", low=0)
     aggregation: Literal["paper", "token-mean"] = setting(
-        "paper", "paper: mean over trajectories, turns, tokens; token-mean: over all tokens, as the authors ran it"
+        "paper", "means in the loss; paper: trajectories, turns, tokens; token-mean: all tokens, as the authors ran it"
     )
-    normalize_std: bool = setting(True, "whether the group's standard deviation divides the advantages (Eq. 7)")
+    normalize_std: bool = setting(True, "division of the advantages by the group's standard deviation (Eq. 7)")
     tis_cap: float = setting(0.0, "cap of the importance weights trainer / sampler; 0: no such weights", low=0)
     # the trainer at real size
     micro_batch_tokens: int = setting(
         2048, "tokens of one forward and backward pass, padding included", group="the trainer at real size", low=1
     )
     dtype: Literal["auto", "float32", "mixed", "bfloat16"] = setting(
-        "auto", "float32; mixed: float32 weights, bfloat16 arithmetic; bfloat16; auto: mixed on cuda, else float32"
+        "auto", "number format; mixed: float32 weights, bfloat16 arithmetic; auto: mixed on cuda, else float32"
     )
     optimizer: Literal["adamw", "adamw8bit"] = setting(
-        "adamw", "adamw; adamw8bit: moments in 8 bits, stochastic rounding of bfloat16 weights"
+        "adamw", "optimizer; adamw8bit: moments in 8 bits, stochastic rounding of bfloat16 weights"
     )
     lora_rank: int = setting(0, "rank of a LoRA adapter on all linear layers; 0: all weights are trained", low=0)
 
 
 def main(config: Config) -> None:
     if config.temperature == 0:
-        raise UserError("--temperature 0: greedy rollouts of a group are all the same, there is nothing to compare")
+        raise UserError("--temperature 0: greedy rollouts of a group are all equal, so there is nothing to compare")
     run = Path(config.run_dir or f"runs/{Path(config.task).name}-seed{config.seed}")
     train_set, dev_set, test_set = (load_examples(config.task, split) for split in ("train", "dev", "test"))
     dev_set, test_set = dev_set[: config.dev_questions or None], test_set[: config.test_questions or None]
@@ -94,7 +94,7 @@ def main(config: Config) -> None:
         print(f"{run} is finished; for another run, remove it or name another folder with --run_dir")
         return report(run)
 
-    # Four parts: the policy that is trained, the engine that samples it, the frozen engine that plays every other
+    # A run has four parts: the policy that learns, the engine that samples it, the frozen engine that plays every other
     # module, and the tools. The initial weights are the reference policy.
     precision = choose_precision(config, best_device(config.device))
     system.planner, system.frozen = open_engines(config, precision)
@@ -102,7 +102,7 @@ def main(config: Config) -> None:
     ref_policy = reference(config, precision, policy, system.frozen)
     print(f"{run} on {precision.device}; {system.sandbox.describe()}")
 
-    # Resume: weights, optimizer and step of the last checkpoint; log lines of later steps are dropped and made again.
+    # Take weights, optimizer and step from the last checkpoint. Later log lines are dropped, as their steps run again.
     first_step, result = resume(run, policy, optimizer)
     if first_step > 1:
         print(f"continuing after step {first_step - 1}")
@@ -114,7 +114,7 @@ def main(config: Config) -> None:
 
     stop = listen_for_stop()
     for step in range(first_step, config.steps + 1):
-        torch.manual_seed(derive_seed(config.seed, step))  # of stochastic rounding: a function of the step, as all is
+        torch.manual_seed(derive_seed(config.seed, step))  # for stochastic rounding: a resumed run repeats it
         metrics, lap = {"step": step}, stopwatch()
 
         # --- evaluate on the dev questions, with the policy this step starts from
@@ -129,7 +129,7 @@ def main(config: Config) -> None:
         groups = system.rollout(questions, config.group_size, (config.seed, step), f"step {step} rollouts")
         metrics["t_rollout"] = lap()
 
-        # --- score: one outcome reward for each trajectory
+        # --- score: one outcome reward per trajectory
         pairs = score(examples, groups, system.reward, system.frozen)
         rewards = torch.tensor([[trajectory.reward for trajectory in group] for group in groups])  # (P, G)
         metrics["t_judge"] = lap()
@@ -141,13 +141,13 @@ def main(config: Config) -> None:
             trajectory.advantage = advantage
 
         # --- update: every turn is a row with the advantage of its trajectory (Eq. 4), in the loss of Eq. 5
-        system.planner.sleep()  # what it can give back, the gradient step may use; no engine is asked until `sync`
+        system.planner.sleep()  # frees memory for the gradient step; nobody asks an engine until `sync`
         batches = make_batches(trajectories, advantages, config, precision.device)
         stats = update_policy(policy, ref_policy, optimizer, batches, config, precision, step)
         check_update(step, stats, precision)
         metrics["t_update"] = lap()
 
-        # --- the new weights to the engine
+        # --- hand the new weights to the engine
         sync(system.planner, policy, run)
         metrics["t_sync"] = lap()
 
@@ -171,7 +171,8 @@ def main(config: Config) -> None:
         if stop:
             return print(f"stopped after step {step} and saved; the same command continues")
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # everything is saved: Ctrl-C may end it at once
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # everything is saved: it may end at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     result["after"] = run_test(run, "after", system, test_set, config)
     write_atomically(run / "result.json", json.dumps(result, indent=2))
     plot_curves(run)
@@ -183,14 +184,14 @@ def main(config: Config) -> None:
 
 @dataclass
 class Batch:
-    """Turns that share one forward and backward pass, with what is known of them before the update."""
+    """Turns that share one forward and backward pass, with their numbers from before the update."""
 
     turns: list[Turn]
-    advantages: Tensor  # (B,), each turn's is its trajectory's
-    weights: Tensor  # (B,), the parts that the turns have in the mean over the whole step
+    advantages: Tensor  # (B,), of each turn's trajectory
+    weights: Tensor  # (B,), the weight of each turn in the mean over the whole step
     sampler_logprobs: Tensor  # (B, T), 0 on pads
     ref_logprobs: Tensor | None = None  # (B, T), of pi_ref
-    old_logprobs: Tensor | None = None  # (B, T), of pi_old, if the policy has moved since
+    old_logprobs: Tensor | None = None  # (B, T), of pi_old; None if the policy still is pi_old
 
     def forward(self, model: Any, config: Config, precision: "Precision") -> tuple[Tensor, Tensor, Tensor]:
         """logprobs, mask and entropy, (B, T) each."""
@@ -200,8 +201,8 @@ class Batch:
 
 
 def make_batches(trajectories: list[Trajectory], advantages: Tensor, config: Config, device: str) -> list[Batch]:
-    """The turns of a step in micro-batches, with advantages (P, G) broadcast to them (Eq. 4). However they are split,
-    the gradients of the micro-batches add up to that of Eq. 5."""
+    """Split the turns of a step into micro-batches and broadcast advantages (P, G) to them (Eq. 4). The gradients of
+    micro-batches add up to the gradient of Eq. 5, however the turns are split."""
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     num_turns = [len(trajectory.turns) for trajectory in trajectories]
     num_tokens = [len(turn.completion_ids) for turn in turns]
@@ -220,19 +221,19 @@ def make_batches(trajectories: list[Trajectory], advantages: Tensor, config: Con
 def update_policy(
     policy, ref_policy, optimizer: Optimizer, batches: list[Batch], config: Config, precision: "Precision", step: int
 ) -> dict[str, float]:
-    """The optimizer steps on the batches of one rollout step -> stats. Those of the loss are means under the weights of
-    Eq. 5, in the last update; `sampler_gap` is mean |sampler - trainer| log-prob before the first."""
+    """Take the optimizer steps on the batches of one rollout step -> stats of the last update. Means have the weights
+    of Eq. 5. Only `sampler_gap`, the mean |sampler - trainer| log-prob, comes from the first update."""
     with torch.no_grad():
         if config.kl_coef:
-            if ref_policy is policy:  # then pi_ref is its base
+            if ref_policy is policy:  # pi_ref is the policy without its adapter
                 policy.disable_adapters()
             for batch in batches:
                 batch.ref_logprobs, mask, _ = batch.forward(ref_policy, config, precision)
                 for turn, row, real in zip(batch.turns, batch.ref_logprobs, mask):
-                    turn.ref_logprobs = row[real].tolist()  # for the reader of the run
+                    turn.ref_logprobs = row[real].tolist()  # rollouts.jsonl keeps them
             if ref_policy is policy:
                 policy.enable_adapters()
-        if config.updates_per_step > 1:  # else the policy has not moved: its log-probs are the old ones, and r = 1
+        if config.updates_per_step > 1:  # in a single update the policy still is pi_old, so r = 1
             for batch in batches:
                 batch.old_logprobs = batch.forward(policy, config, precision)[0]
 
@@ -263,19 +264,19 @@ def update_policy(
     return {**sums, "sampler_gap": sampler_gap, "grad_norm": grad_norm, "learning_rate": rate}
 
 
-MAX_GRAD_NORM = 1.0  # the gradient is scaled down to it
+MAX_GRAD_NORM = 1.0  # a gradient with a larger norm is scaled down to it
 
 
 def check_update(step: int, stats: dict[str, float], precision: "Precision") -> None:
-    """Stop a run that has gone wrong, before anything of this step is kept. (A gap: the engine has other weights.)"""
+    """Stop a run that has gone wrong before it saves this step. A large gap means that the engine has other weights."""
     limits = {"grad_norm": math.inf, "sampler_gap": 1e-3 if precision.engine == torch.float32 else 0.1}
     for name, limit in limits.items():
         if not stats[name] < limit:  # nan too
-            raise EngineError(f"step {step}: {name} is {stats[name]:.2g}, not below {limit}; no checkpoint has it")
+            raise EngineError(f"step {step}: {name} is {stats[name]:.2g}, not below {limit}; this step is not saved")
 
 
 def learning_rate(config: Config, update: int) -> float:
-    """Of update 0, 1, ...: up over the warm-up, then down to 0, so that the last policy is no longer shaken about."""
+    """The rate of update 0, 1, ...: it rises over the warm-up, then falls to 0, so that the policy comes to rest."""
     share = min(1.0, (update + 1) / max(1, config.warmup_steps))
     if config.decay:
         share = min(share, 1 - update / (config.steps * config.updates_per_step))
@@ -284,7 +285,7 @@ def learning_rate(config: Config, update: int) -> float:
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:
     rate = optimizer.param_groups[0]["lr"]
-    if isinstance(rate, Tensor):  # torchao compiles its step, and would again for each new number
+    if isinstance(rate, Tensor):  # torchao compiles its step, and would compile again for each new number
         value = rate.fill_(value)
     optimizer.param_groups[0]["lr"] = value
 
@@ -294,7 +295,7 @@ def set_learning_rate(optimizer: Optimizer, value: float) -> None:
 
 @dataclass(frozen=True)
 class Precision:
-    """Where and how exactly a run computes."""
+    """The device and the number formats of a run."""
 
     device: str
     weights: torch.dtype  # of the trained model
@@ -316,7 +317,7 @@ def choose_precision(config: Config, device: str) -> Precision:
 
 
 def open_engines(config: Config, precision: Precision) -> tuple[Any, Any]:
-    """(of the planner, of the frozen modules). One vLLM engine can be both: with a LoRA adapter, and without it."""
+    """(planner's engine, frozen modules' engine). One vLLM engine can be both, with and without a LoRA adapter."""
 
     def engine(model, **options):
         where = (precision.device, precision.engine)
@@ -335,16 +336,16 @@ def build_trainer(config: Config, precision: Precision) -> tuple[Any, Any, Optim
     if config.lora_rank:
         add_adapter(policy, config.lora_rank, config.seed)
     on_gpu = precision.device == "cuda"
-    if on_gpu:  # each layer is computed again in the backward pass: far less memory for some time
+    if on_gpu:  # the backward pass computes each layer again: this saves much memory and costs some time
         policy.gradient_checkpointing_enable()
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     if config.optimizer == "adamw":
-        # On a GPU the default would hold one more copy of the weights for the time of a step.
+        # On a GPU, AdamW's default would hold one more copy of the weights during each step.
         return policy, tokenizer, AdamW(trained, **options, fused=on_gpu or None)
     from torchao.optim import AdamW8bit
 
-    # Updates below 0.4 % of a bfloat16 weight would all be rounded away: rounding at random keeps their mean.
+    # Plain rounding would lose all updates below 0.4 % of a bfloat16 weight: rounding at random keeps their mean.
     return policy, tokenizer, AdamW8bit(trained, **options, bf16_stochastic_round=precision.weights == torch.bfloat16)
 
 
@@ -358,7 +359,7 @@ def reference(config: Config, precision: Precision, policy: Any, frozen_engine: 
 
 
 def sync(engine: Any, policy: Any, run: Path) -> None:
-    """The policy's weights to its engine, as an adapter if the engine serves the base as well."""
+    """Hand the policy's weights to its engine, only the adapter if the engine serves the base as well."""
     if hasattr(engine, "load_adapter") and engine.lora_rank:
         policy.save_pretrained(run / "adapter")
         engine.load_adapter(run / "adapter")
@@ -367,7 +368,7 @@ def sync(engine: Any, policy: Any, run: Path) -> None:
 
 
 def run_test(run: Path, when: str, system: AgentSystem, test_set: list[Example], config: Config) -> dict:
-    """The figures of the test "before" or "after" training; the trajectories behind them are kept in the folder."""
+    """Run the test "before" or "after" training -> figures. The folder of the run keeps the trajectories."""
     figures, pairs = evaluate(system, test_set, (config.seed, "test"), f"test {when} training")
     path, step = run / f"test_{when}.jsonl", 0 if when == "before" else config.steps
     path.unlink(missing_ok=True)
@@ -401,7 +402,7 @@ def console_line(m: dict, steps: int) -> str:
 
 
 def transcript(example: Example, t: Trajectory) -> str:
-    """One whole trajectory for the console, so that a reward that is earned the wrong way does not go unseen."""
+    """One whole trajectory for the console, so that you see whether its reward was earned the right way."""
     head = f"  Question: {example.question}\n  Analysis: {t.memory.analysis}"
     tail = f"  Answer: {t.answer} (expected {example.answer}), reward {t.reward:g}, advantage {t.advantage:+.2f}"
     text = f"{head}{t.memory.render()}".replace("\n", "\n  ") + f"\n{tail}\n"
@@ -443,7 +444,7 @@ def plot_curves(run: Path) -> None:
 
 
 def report(run: Path) -> None:
-    """The table before and after, and where everything lies."""
+    """Print the test before and after, and the folder."""
     result = json.loads((run / "result.json").read_text())
     print(table({"before": result["before"], "after": result["after"]}))
     print(f"trained in {result['train_seconds']:.0f} s; {run} has curves.png, rollouts.jsonl and checkpoint")
@@ -453,8 +454,8 @@ def report(run: Path) -> None:
 
 
 def start_run(run: Path, config: Config) -> None:
-    """Make the folder, or see that the run that is there belongs to the same command. Before its first line of metrics
-    there is nothing to lose: a start that failed may be tried again with other flags."""
+    """Make the folder, or check that the run in it has the same flags. Until a run has a line of metrics, there is
+    nothing to lose, so you may start it again with other flags."""
     path = run / "config.json"
     if not (run / "metrics.jsonl").exists():
         run.mkdir(parents=True, exist_ok=True)
@@ -489,8 +490,8 @@ def resume(run: Path, policy: Any, optimizer: Optimizer) -> tuple[int, dict]:
         trainer = torch.load(current / "trainer.pt", weights_only=True)
         policy.load_state_dict(load_model(current)[0].state_dict())
         optimizer.load_state_dict(trainer["optimizer"])
-    for path in (run / "metrics.jsonl", run / "rollouts.jsonl"):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    for path in filter(Path.exists, (run / "metrics.jsonl", run / "rollouts.jsonl")):
+        lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer["step"]]
         write_atomically(path, "".join(kept if trainer["step"] else []))
     return trainer["step"] + 1, trainer["result"]
@@ -503,13 +504,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def listen_for_stop() -> list[int]:
-    """A list that the first Ctrl-C (or SIGTERM) fills: the run ends after the step, saved. A second ends it at once."""
+    """The first Ctrl-C (or SIGTERM) fills this list: the run ends after the step, and saves. A second ends it now."""
     signals = []
 
     def ask(number, frame):
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this step; once more to stop at once", flush=True)
+        print("\nstopping after this step; a second Ctrl-C stops at once", flush=True)
 
     signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGTERM, ask)

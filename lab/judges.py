@@ -39,7 +39,8 @@ def choice_judge(question: str, answer: list[str], prediction: str | None) -> fl
 
 def game24_judge(question: str, answer: str | list[str], prediction: str | None) -> float:
     """1.0 for any expression with the numbers of an accepted one, each once, whose value is 24, listed or not."""
-    _, numbers = evaluate_expression(answer if isinstance(answer, str) else answer[0])
+    listed = re.sub(r"=\s*24\s*$", "", answer if isinstance(answer, str) else answer[0])
+    numbers = re.findall(r"\d+", listed)
     try:
         value, used = evaluate_expression(prediction or "")
     except (ValueError, ZeroDivisionError):

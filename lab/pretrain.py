@@ -528,7 +528,8 @@ class IdealPlanner:
         teacher = self.teachers[question]
         teacher.rng = random.Random(seed)
         why, missing = teacher.findings(prompt)
-        if teacher.rng.random() >= teacher.skill:
+        lost = missing is None and teacher.skill < 1  # all is known, and the verifier still goes on
+        if teacher.rng.random() >= teacher.skill or lost:
             text = teacher.clumsy_plan(prompt)
         else:
             text = render_plan(why, missing) if missing else "The plan is complete."

@@ -176,8 +176,6 @@ def test_a_group_of_equal_rewards_gets_exactly_zero(value, normalize_std):
 @pytest.mark.parametrize(
     "rewards, message",
     [
-        (torch.tensor([1.0, 0.0]), "group size"),
-        (torch.zeros(1, 2, 2), "group size"),
         (torch.tensor([[1.0, nan]]), "finite"),
         (torch.tensor([[1.0, inf]]), "finite"),
     ],
@@ -214,8 +212,6 @@ def test_row_weights():
     assert row_weights([2, 1], num_tokens=[10, 30, 60], aggregation="token-mean").tolist() == pytest.approx(
         [0.1, 0.3, 0.6]
     )
-    with pytest.raises(ValueError, match="tokens"):
-        row_weights([2, 1], [1, 2, 3], aggregation="tokens")
 
 
 # --- Eq. 5: the loss --------------------------------------------------------------------------------------------------

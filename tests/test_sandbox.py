@@ -402,7 +402,7 @@ def test_no_scratch_space_raises(sandbox, monkeypatch):
 def test_levels(monkeypatch):
     auto = Sandbox()
     assert auto.level in Sandbox.LEVELS and auto.level in auto.describe() and "\n" not in auto.describe()
-    advice = "bubblewrap, where it can be installed"
+    advice = "bubblewrap closes this, if you can install it"
     assert advice in Sandbox(level="process").describe() and (advice in auto.describe()) == (auto.level != "bubblewrap")
     with pytest.raises(ValueError, match="unknown sandbox level"):
         Sandbox(level="virtual machine")
