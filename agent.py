@@ -1,7 +1,7 @@
 """The agent: an evolving memory, four modules, and `solve()`, which runs one question through them over several turns.
 
-A module is a prompt and a parser, side by side below. A prompt begins with what the turns of a question share
-(instructions, tools, question, analysis) and ends with the memory, which only grows. So the turns share a long prefix.
+A module is a prompt and a parser, side by side below. The prompts of planner, verifier and generator begin with what a
+question's turns share (instructions, tools, question, analysis) and end with the memory, which only grows.
 Parsers accept what models really write: bold labels, numbering, code fences, trailing chatter. If a parser fails, the
 model's mistake becomes the result of that turn, and the next turn can react to it.
 
@@ -325,7 +325,7 @@ class AgentSystem:
 
         `seed` is a key such as (run seed, step). Each planner request adds its question, sample, turn and role.
         """
-        lockstep = Lockstep(self.frozen, self.planner)  # frozen first: then the planner gets all its prompts at once
+        lockstep = Lockstep(self.frozen, self.planner)  # see there: frozen first, then all planner prompts at once
         keys = [(p, g) for p in range(len(questions)) for g in range(group_size)]
         with tqdm(total=len(keys), desc=label, leave=False) as bar:
 

@@ -39,7 +39,7 @@ def setting(default: Any, help: str, group: str = "", low: float | None = None) 
 
 
 class Flags(HfArgumentParser):
-    """The flags of a config, in the groups that its settings begin."""
+    """The flags of a config, in groups. (HfArgumentParser hands each field's metadata to `add_argument`.)"""
 
     group = None
 

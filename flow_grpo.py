@@ -1,7 +1,9 @@
 """Flow-GRPO (arXiv 2510.05592, Eq. 4-7): advantages, token log-probs and the clipped loss, as pure functions.
 
-The planner answers each question G times. Turn t of trajectory i is one completion a of |a| tokens, sampled from
-pi_old given its own prompt s (question, analysis, memory so far): a turn is a training row of its own.
+The planner answers each question G times. Turn t of trajectory i is one completion a of |a| tokens, sampled from pi_old
+given its own prompt s (question, analysis, memory so far): a turn is a training row of its own. J is for one question;
+a step takes its mean over P questions. The trainer computes log pi_old anew. The sampler's own log-probs, equal up to
+rounding, serve `sampler_gap` and `tis_cap` alone.
 
   R_i  in {0, 1}, one outcome for the whole trajectory, broadcast to each of its turns                          (Eq. 4)
   J  = 1/G sum_i  1/T_i sum_t  1/|a| sum_j  min(r A, clip(r, 1 - eps, 1 + eps) A)  -  beta KL(pi || pi_ref)     (Eq. 5)
@@ -125,7 +127,7 @@ def token_logprobs(
         logits = model.lm_head(states).float() / temperature  # (C, V)
         log_z = logits.logsumexp(dim=-1)  # (C,)
         logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z  # (C,)
-        with torch.no_grad():  # at the end, so that the backward pass skips it: H = log Z - sum_v pi_v logit_v
+        with torch.no_grad():  # last, as recomputation ends with what backward needs: H = log Z - sum_v pi_v logit_v
             entropy = log_z - (logits.softmax(dim=-1) * logits).sum(dim=-1)  # (C,)
         return logprobs, entropy
 
@@ -195,7 +197,7 @@ def flow_grpo_loss(
         stats = {
             "kl": (weights * k3).sum(),  # to pi_ref; 0 when it is not computed
             "ratio": (weights * ratio).sum(),  # 1 on the first update
-            "clip_fraction": (weights * (clipped < surrogate)).sum(),  # weight of the tokens without a policy gradient
+            "clip_fraction": (weights * (clipped < surrogate)).sum(),  # weight of the tokens that the clip holds
             "importance": (weights * importance).sum(),  # mean of the truncated weights; 1 without tis_cap
         }
     return loss, stats

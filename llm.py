@@ -1,6 +1,6 @@
 """Engines that turn prompt tokens into completion tokens, and the lockstep that batches many questions.
 
-The agent and the trainer use an engine through these methods alone:
+The agent and the trainer use an engine through these methods (train.py knows a few more, for LoRA and for pi_ref):
 
     engine.encode(prompt)           -> prompt_ids, through the tokenizer's chat template
     engine.generate_batch(list)     -> a `Completion` for each `Request`, in order; or, if the engine batches by itself,
@@ -169,7 +169,7 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def _generate(self, requests: list[Request]) -> list[Completion]:
-        """Read the prompts in one pass, padded on the LEFT so that all end together; then sample token by token."""
+        """Read U prompts in one pass, padded on the LEFT so that all end together; then sample for R running rows."""
         device = self.model.device
         prompts = list(dict.fromkeys(request.prompt_ids for request in requests))  # equal prompts share one pass
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (U,)

@@ -1,7 +1,7 @@
 """The tools, the parser that makes a call of the executor's text, and `find`, which loads functions of your own.
 
-To add a tool, write one async function. The planner reads its docstring. Add the function to `TOOLS`, or leave it in
-a file of your own and name it on the command line:
+To add a tool, write one async function that takes `env` first. The planner reads its docstring. It returns a
+`sandbox.Failure` for a model's mistake. Add it to `TOOLS`, or leave it in a file of your own and name it by a flag:
 
     python train.py --tools Search Python_Coder my_tools.Calendar
 """

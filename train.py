@@ -138,7 +138,7 @@ def main(config: Config) -> None:
         advantages = group_advantages(rewards, config.normalize_std)  # (P, G)
         trajectories = [trajectory for _, trajectory in pairs]
         for trajectory, advantage in zip(trajectories, advantages.flatten().tolist()):
-            trajectory.advantage = advantage
+            trajectory.advantage = advantage  # for the log; the loss takes the tensor
 
         # --- update: every turn is a row with the advantage of its trajectory (Eq. 4), in the loss of Eq. 5
         system.planner.sleep()  # frees memory for the gradient step; nobody asks an engine until `sync`
@@ -168,14 +168,14 @@ def main(config: Config) -> None:
         result["train_seconds"] += sum(seconds for name, seconds in metrics.items() if name.startswith("t_"))
         if step % config.eval_every == 0 or step == config.steps or stop:
             save(run, step, policy, tokenizer, optimizer, result)
-        if stop:
-            return print(f"stopped after step {step} and saved; the same command continues")
+            if stop:
+                return print(f"stopped after step {step} and saved; the same command continues")
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # everything is saved: it may end at once
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     result["after"] = run_test(run, "after", system, test_set, config)
-    write_atomically(run / "result.json", json.dumps(result, indent=2))
     plot_curves(run)
+    write_atomically(run / "result.json", json.dumps(result, indent=2))  # last: a run that has it is finished
     report(run)
 
 
@@ -237,7 +237,7 @@ def update_policy(
             for batch in batches:
                 batch.old_logprobs = batch.forward(policy, config, precision)[0]
 
-    policy.train()
+    policy.train()  # without dropout in these models, it only switches activation checkpointing on
     for update in range(config.updates_per_step):
         sums = Counter()
         for batch in batches:
@@ -252,7 +252,7 @@ def update_policy(
             weights = token_weights(batch.weights, mask)  # (B, T)
             gap = (logprobs.detach() - batch.sampler_logprobs).abs()  # (B, T)
             stats |= {"loss": loss, "entropy": (weights * entropy).sum(), "sampler_gap": (weights * gap).sum()}
-            sums.update({name: value.item() for name, value in stats.items()})
+            sums.update({name: value.item() for name, value in stats.items()})  # a Counter adds them up
         if update == 0:
             sampler_gap = sums["sampler_gap"]
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).item()
@@ -272,11 +272,11 @@ def check_update(step: int, stats: dict[str, float], precision: "Precision") -> 
     limits = {"grad_norm": math.inf, "sampler_gap": 1e-3 if precision.engine == torch.float32 else 0.1}
     for name, limit in limits.items():
         if not stats[name] < limit:  # nan too
-            raise EngineError(f"step {step}: {name} is {stats[name]:.2g}, not below {limit}; this step is not saved")
+            raise EngineError(f"step {step}: {name} is {stats[name]:.2g}, not below {limit}; the last checkpoint holds")
 
 
 def learning_rate(config: Config, update: int) -> float:
-    """The rate of update 0, 1, ...: it rises over the warm-up, then falls to 0, so that the policy comes to rest."""
+    """The rate of update 0, 1, ...: it rises over the warm-up and falls towards 0, so that the policy comes to rest."""
     share = min(1.0, (update + 1) / max(1, config.warmup_steps))
     if config.decay:
         share = min(share, 1 - update / (config.steps * config.updates_per_step))
