@@ -265,6 +265,19 @@ def test_bad_flags(tmp_path, changes, said):
     train.start_run(tmp_path / "run", tiny(tmp_path / "run"))  # the mended command may have the folder
 
 
+def test_a_start_that_failed_can_be_mended(tmp_path, monkeypatch):
+    """The frozen modules' server is down, say. Nothing was written that another command would have to respect."""
+
+    def fail(*_):
+        raise EngineError("no server")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", fail)
+        with pytest.raises(EngineError, match="no server"):
+            train.main(tiny(tmp_path / "run", learning_rate=1.0))
+    train.start_run(tmp_path / "run", tiny(tmp_path / "run"))
+
+
 def test_bad_input_on_the_command_line(tmp_path):
     arguments = [sys.executable, "train.py", "--run_dir", str(tmp_path / "run"), "--no_such_flag", "1"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
