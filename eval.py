@@ -93,8 +93,8 @@ class SystemConfig:
     def __post_init__(self):
         for flag in fields(self):
             value, low = getattr(self, flag.name), flag.metadata["low"]
-            if low is not None and not value >= low:  # this form refuses nan too
-                raise UserError(f"--{flag.name} {value}: must be at least {low}")
+            if low is not None and not low <= value < math.inf:  # this form refuses nan too
+                raise UserError(f"--{flag.name} {value}: must be at least {low}, and finite")
 
 
 @dataclass

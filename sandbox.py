@@ -180,7 +180,8 @@ class Sandbox:
     def _result(self, output: bytes, exit_code: int, timed_out: bool) -> str:
         text = output.decode(errors="replace").strip()
         if len(text) > self.output_chars:
-            end = f"\n{text[-300:]}" if exit_code == 1 else ""  # it has the traceback
+            failed = exit_code == 1 and len(output) <= MAX_OUTPUT  # then a traceback stands at the end
+            end = f"\n{text[-300:]}" if failed else ""
             text = f"{text[: self.output_chars]}\n... (cut at {self.output_chars} characters){end}"
         if timed_out:
             return Failure(f"{text}\nError: timed out after {self.timeout_s:g} s".strip())

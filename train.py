@@ -349,7 +349,7 @@ def build_trainer(config: Config, precision: Precision) -> tuple[Any, Any, Optim
     return policy, tokenizer, AdamW8bit(trained, **options, bf16_stochastic_round=precision.weights == torch.bfloat16)
 
 
-def reference(config: Config, precision: Precision, policy: Any, frozen_engine: Any) -> Any:
+def reference(config: Config, precision: Precision, policy, frozen_engine):
     """pi_ref, the initial weights: the policy without its adapter, the model of a frozen engine, or one more copy."""
     if config.lora_rank or not config.kl_coef:
         return policy

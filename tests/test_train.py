@@ -251,6 +251,7 @@ def test_printed_trajectories_cannot_control_the_terminal():
         ({"temperature": float("nan")}, "--temperature nan: must be at least 0"),
         ({"steps": 0}, "at least 1"),
         ({"learning_rate": -1.0}, "at least 0"),
+        ({"clip_high": float("inf")}, "--clip_high inf: must be at least 0, and finite"),
         ({"dtype": "bfloat16"}, "loses small updates"),
         ({"model": "no/such/folder"}, "cannot load a model from no/such/folder"),
         ({"task": "nowhere"}, "there is no nowhere/train.jsonl"),
