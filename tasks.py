@@ -113,6 +113,20 @@ def append(path: Path, *rows: dict) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def read_kept(path: Path, item: Callable[[dict], tuple], mistake: str) -> dict:
+    """What `append` has written: {key: value}, from item(row) -> (key, value). A last line that a kill has cut off is
+    dropped, from the file too. If the file is not one of ours, it stays as it is, and `UserError` names the mistake."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    try:
+        kept = dict(item(json.loads(line)) for line in whole.splitlines())
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} {mistake.format(error=error)}") from None
+    if whole != data:
+        os.truncate(path, len(whole))  # to write the file anew would put its rows at risk
+    return kept
+
+
 def parse(line: bytes) -> Any:
     try:
         row = json.loads(line.decode(), parse_constant=refuse)

@@ -34,10 +34,9 @@ from agent import AgentSystem, Memory, Planner, Step, Trajectory, parse_answer, 
 from eval import EvalConfig, evaluate, open_system, planner_folder, run_main, setting, share, table, wilson
 from llm import Lockstep, best_device, open_engine
 from sandbox import Sandbox
-from tasks import Corpus, Example, load_examples
+from tasks import Corpus, Example, append, load_examples, read_kept
 from tinyworld.world import World
 from tools import ToolEnv, UserError
-from train import append
 
 
 @dataclass
@@ -117,20 +116,6 @@ def write_answer(t: Trajectory) -> dict:
 def read_answer(row: dict) -> Trajectory:
     memory = Memory(row["question"], row["analysis"], [Step(**step) for step in row["steps"]])
     return Trajectory(row["question"], [], memory, row["answer"], tokens=Counter(row["tokens"]))
-
-
-def read_kept(path: Path) -> dict[tuple, dict]:
-    """The lines of a file of answers, by key. A last line that a kill has cut off is dropped, from the file too."""
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    try:
-        rows = [json.loads(line) for line in whole.splitlines()]
-        kept = {tuple(row[name] for name in KEY): row for row in rows}
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is no file of answers ({error!r}): remove it, or name another --output") from None
-    if whole != data:
-        os.truncate(path, len(whole))  # to write the file anew would put its rows at risk
-    return kept
 
 
 NOT_OF_AN_ANSWER = "planners task tasks split questions trials in_flight engine_memory reward output".split()
@@ -252,7 +237,8 @@ def main(config: BenchmarkConfig) -> None:
             raise UserError(f"--output {config.output} is a folder: name a file")
         path = Path(config.output).with_suffix(".answers.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = read_kept(path)
+        mistake = "is no file of answers ({error!r}): remove it, or name another --output"
+        kept = read_kept(path, lambda row: (tuple(row[name] for name in KEY), row), mistake)
     device = best_device(config.device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 

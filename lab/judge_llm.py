@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from judge import rules
 from llm import Engine, EngineError, HTTPEngine, Lockstep, Request
-from tasks import Example
+from tasks import Example, append, read_kept
 from tools import UserError
 
 MAX_CHARS = 1000  # of a prediction that the model is asked about
@@ -76,7 +76,8 @@ def reward(examples: list[Example], predictions: list[str], frozen: Engine) -> l
             keys[number] = hashlib.sha256(json.dumps([model, prompt]).encode()).hexdigest()
             cases[keys[number]] = case
 
-    verdicts = read_verdicts(cache)
+    mistake = "is no file of verdicts ({error!r}): remove it, or set JUDGE_CACHE"
+    verdicts = read_kept(cache, lambda row: (row["key"], row["correct"]), mistake)
     new = {key: case for key, case in cases.items() if key not in verdicts}
     verdicts |= asyncio.run(ask_model(engine, model, max_tokens, new, cache))
     for number, key in keys.items():
@@ -107,9 +108,7 @@ async def ask_model(
                 correct, analysis = parse_verdict(reply)
             except ValueError:
                 continue
-            with cache.open("a") as file:
-                row = {"key": key, "model": model, **case, "analysis": analysis, "correct": correct}
-                file.write(json.dumps(row) + "\n")
+            append(cache, {"key": key, "model": model, **case, "analysis": analysis, "correct": correct})
             return correct
         raise EngineError(
             f"the judge {model} gave no verdict in {ATTEMPTS} attempts, its last reply was {reply[:100]!r}: "
@@ -132,20 +131,6 @@ def settings() -> tuple[HTTPEngine | None, Path, int]:
 
 
 open_server = functools.cache(HTTPEngine)  # one for all batches: it keeps its connections
-
-
-def read_verdicts(cache: Path) -> dict[str, bool]:
-    """The verdicts by key. A last line that was cut off by a crash is dropped, from the file too."""
-    data = cache.read_bytes() if cache.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    try:
-        rows = [json.loads(line) for line in whole.splitlines()]
-        verdicts = {row["key"]: row["correct"] for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{cache} is no file of verdicts ({error!r}): remove it, or set JUDGE_CACHE") from None
-    if whole != data:
-        os.truncate(cache, len(whole))  # a file that is written anew could lose its rows in the middle of it
-    return verdicts
 
 
 def fence(case: dict) -> str:
