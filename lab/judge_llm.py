@@ -34,7 +34,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from judge import rules
-from llm import Engine, EngineError, HTTPEngine, Lockstep, Request
+from lab.http_engine import HTTPEngine
+from llm import Engine, EngineError, Lockstep, Request
 from tasks import Example, append, read_kept
 from tools import UserError
 

@@ -9,8 +9,9 @@ from test_http import serve
 import train
 from judge import RULES, rules
 from lab import judge_llm
+from lab.http_engine import HTTPEngine
 from lab.judge_llm import ATTEMPTS, MAX_CHARS, PROMPT, fence, parse_verdict, reward
-from llm import Completion, EngineError, HTTPEngine, TransformersEngine
+from llm import Completion, EngineError, TransformersEngine
 from tasks import Example
 from tools import UserError
 
