@@ -1,20 +1,21 @@
 """Where code that a model wrote runs: a separate process, limited and killable.
 
 Each program runs once, without inherited environment or stdin, in an empty scratch directory that is removed
-afterwards. Wall-clock time, CPU time, memory, file size and output are limited, and the program can start no other
-process or thread. The sandbox uses the first of these levels that works on the machine:
+afterwards (after a kill: at the next start). Wall-clock time, CPU time, memory, file size and output are limited, and
+the program can start no other process or thread. The sandbox uses the first of these levels that works on the machine:
 
     bubblewrap   no network; the program sees a read-only Python runtime and its scratch directory, nothing else
     namespaces   no network and no sight of other processes; the program reads and writes what file permissions allow
     process      the limits only, and the rights of `nobody` when we are root
 
-Not covered: at every level, holes in the kernel, and files without a name (memfd), which take up to 192 MB beside the
-memory limit; at the weaker two what `Sandbox.describe()` says, and that a sleeping
-program outlives a trainer that was killed outright. The sandbox is made for a model that errs, not for an enemy.
+Not covered: at every level, what `Sandbox.describe()` says, and files without a name (memfd), which take up to 192 MB
+beside the memory limit; at the weaker two, that a sleeping program outlives a trainer that was killed outright, and
+that `nobody` sees what lies beside a Python below /root. The sandbox is made for a model that errs, not for an enemy.
 """
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +47,7 @@ def extract_code(text: str) -> str:
 
 
 ENVIRONMENT = {"TMPDIR": "."}  # all that a program inherits
+SCRATCH = "nano-agentflow-sandbox-"  # how the name of a scratch folder begins
 SCRATCH_MB = 8  # of one file
 MAX_OUTPUT = 1 << 20  # bytes that a program may print: the exit code of one that is killed for it says nothing
 START_TIMEOUT_S = 60  # a busy machine is slow to start; the program's own clock begins when the sandbox is READY
@@ -87,37 +90,69 @@ class Failure(str):
 
 
 @contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold the lock of a folder, or raise OSError if another process holds it. A kill releases it, too."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def scratch_folder() -> Iterator[str]:
     """An empty folder that is removed afterwards, whatever a program has put into it."""
     try:
-        with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as scratch:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True) as scratch, locked(scratch):
             yield scratch
     except RecursionError:  # folders nested deeper than Python can walk
         subprocess.run(["rm", "-rf", "--", scratch])
 
 
+def remove_abandoned_folders() -> None:
+    """Remove the scratch folders of processes that were killed: nobody holds their locks."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        with contextlib.suppress(OSError):  # it is locked, or another process has just removed it
+            status = folder.lstat()
+            if status.st_uid == os.getuid() and time.time() - status.st_mtime > 1:  # a new one has no lock yet
+                with locked(folder), scratch_folder() as scratch:
+                    folder.rename(scratch)  # over the empty folder, to be removed in its place
+
+
 class Sandbox:
     """Runs Python source in a separate, limited, killable process."""
 
-    LEVELS = {  # strongest first, each with what it leaves in reach of the program
-        "bubblewrap": "vsock sockets, the session keyring and holes in the kernel, nothing else",
+    LEVELS = {  # strongest first, each with what it leaves in reach of the program beside what no level closes
+        "bubblewrap": "",
         "namespaces": "the files that {user} may read or write",
         "process": "the network, and the files and processes of {user}",
     }
 
     def __init__(self, timeout_s: float = 5.0, memory_mb: int = 512, output_chars: int = 2000, level: str = "auto"):
         self.timeout_s, self.memory_mb, self.output_chars = timeout_s, memory_mb, output_chars
-        self._slots = weakref.WeakKeyDictionary()  # event loop -> semaphore: one sandbox serves several asyncio.run
+        remove_abandoned_folders()
+        # Of each event loop, as one sandbox serves several asyncio.run: a semaphore, and the programs that run.
+        self._slots, self._running = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()
         self.level, self.command = self._choose(list(self.LEVELS) if level == "auto" else [level])
 
     def describe(self) -> str:
         """One line to print at start."""
         user = "the user nobody" if os.getuid() == 0 else "this user"
-        advice = "" if self.level == "bubblewrap" else " (bubblewrap closes this, if you can install it)"
-        return f"sandbox: {self.level}; in reach of a program: {self.LEVELS[self.level].format(user=user)}{advice}"
+        reach = self.LEVELS[self.level].format(user=user)
+        reach += " (bubblewrap closes this, if you can install it), " if reach else "only "
+        return f"sandbox: {self.level}; in reach of a program: {reach}vsock sockets, the session keyring, kernel holes"
 
     async def run(self, code: str) -> str:
-        """Run the program once -> what it printed. If it failed, this is a `Failure` that ends with the traceback."""
+        """Run the program -> what it printed. If it failed, this is a `Failure` that ends with the traceback. Equal
+        programs that are asked for at the same time run once: the rollouts of a question often write the same one."""
+        running = self._running.setdefault(asyncio.get_running_loop(), {})
+        if code not in running:
+            running[code] = asyncio.ensure_future(self._run(code))
+            running[code].add_done_callback(lambda _: running.pop(code))
+        return await running[code]
+
+    async def _run(self, code: str) -> str:
         slots = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(os.cpu_count() or 1))
         async with slots:
             with scratch_folder() as scratch:
@@ -162,6 +197,7 @@ class Sandbox:
         await process.wait()
 
     async def _kill_whole(self, process: asyncio.subprocess.Process) -> None:
+        children: list[str] = []
         if process.returncode is None:
             with contextlib.suppress(OSError):  # a program may have left the group: kill the first of its namespace
                 children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -174,6 +210,11 @@ class Sandbox:
             while await process.stdout.read(65536):  # ends when no process can write to it any more
                 pass
             await process.wait()
+            for orphans in (-process.pid, *map(int, children)):  # its group, then those that may have left it
+                with contextlib.suppress(ChildProcessError):  # no more of them are ours
+                    while True:  # they are if we are process 1 of a container, and stay until we wait for them
+                        os.waitpid(orphans, os.WNOHANG)
+                        await asyncio.sleep(0.001)
 
         await asyncio.wait_for(drain(), START_TIMEOUT_S)  # an error is better than a run that hangs
 
@@ -196,7 +237,7 @@ class Sandbox:
         """The first level at which a program really runs, and its command."""
         problems = []
         for level in levels:
-            with tempfile.TemporaryDirectory(prefix="sandbox-") as scratch:
+            with scratch_folder() as scratch:
                 try:
                     command = self._command(level)
                     trial = subprocess.run(

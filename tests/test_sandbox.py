@@ -1,8 +1,10 @@
 """The sandbox in real processes, at each level that this machine allows."""
 
 import asyncio
+import contextlib
 import http.server
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -91,6 +93,17 @@ HONEST = {
     "encodings": ("print('é'.encode('utf-16-le'), 'é'.encode('cp1252'))", r"b'\xe9\x00' b'\xe9'"),
     "temporary files": ("import tempfile\nwith tempfile.TemporaryFile() as f: print(f.write(b'abc'))", "3"),
 }
+
+
+def test_equal_programs_at_the_same_time_run_once():
+    sandbox, code = Sandbox(), "import os; print(os.urandom(8).hex())"
+
+    async def ask(codes):
+        return await asyncio.gather(*map(sandbox.run, codes))
+
+    one, two, other = asyncio.run(ask([code, code, code + " "]))
+    assert one == two != other
+    assert asyncio.run(ask([code])) != [one]  # later it runs again
 
 
 def test_honest_programs_work(sandbox):
@@ -374,6 +387,83 @@ asyncio.run(sandbox.run("import time; time.sleep(60)"))"""
     assert gone(marker)
 
 
+def test_process_1_of_a_container_keeps_no_dead_programs(sandbox):
+    """It inherits what lives on after the first process of a program, and what was killed together with it."""
+    user = [] if os.getuid() == 0 else ["--user", "--map-current-user"]
+    container = ["env", "unshare", *user, "--pid", "--fork", "--kill-child", "--mount-proc"]
+    script = f"""import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(module.__file__).parent)!r})
+from sandbox import Sandbox
+box = Sandbox(level={sandbox.level!r}, timeout_s=0.5)
+box.command = ["sh", "-c", 'sleep 0.1 >/dev/null 2>&1 & exec "$0" "$@"', *box.command]
+children = Path("/proc/1/task/1/children")
+before = children.read_text()
+programs = ["print(1)", "import time; time.sleep(9)", "import os, time; os.setsid(); time.sleep(9)"]
+async def all_of_them():
+    return await asyncio.gather(*(box.run(code) for code in 2 * programs))
+print(asyncio.run(all_of_them()).count("1"), children.read_text() == before)"""
+    process = subprocess.run([*container, sys.executable, "-c", script], capture_output=True, text=True)
+    if "unshare: " in process.stderr:
+        pytest.skip(f"this user may make no container: {process.stderr[-300:]}")
+    assert process.stdout == "2 True\n", process.stderr
+
+
+def test_a_start_removes_the_folders_of_killed_trainers_only(sandbox, monkeypatch, tmp_path):
+    temporary, outside, marker = tmp_path / "tmp", tmp_path / "outside", f"RLIMIT_CORE={time.time_ns()}"
+    temporary.mkdir()
+    outside.mkdir()
+    (outside / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    young, foreign, link = (temporary / f"{module.SCRATCH}{name}" for name in ("young", "foreign", "link"))
+    young.mkdir()
+    os.utime(young, times=(2 * time.time(),) * 2)  # it stays young
+    foreign.mkdir()
+    os.utime(foreign, times=(0, 0))
+    if os.getuid() == 0:
+        os.chown(foreign, 65534, 65534)
+    link.symlink_to(outside)
+    os.utime(link, times=(0, 0), follow_symlinks=False)
+    others = {young, link} | ({foreign} if os.getuid() == 0 else set())
+
+    script = f"""import asyncio, sys
+sys.path.insert(0, {str(Path(module.__file__).parent)!r})
+from sandbox import Sandbox
+sandbox = Sandbox(level={sandbox.level!r}, timeout_s=60)
+sandbox.command.append(sys.argv[1])
+print("its trial is over", flush=True)
+asyncio.run(sandbox.run("import time; time.sleep(60)"))"""
+    trainers, folders = [], []
+    try:
+        for name in (f"{marker}1", f"{marker}2"):
+            command, environment = [sys.executable, "-c", script, name], os.environ | {"TMPDIR": str(temporary)}
+            trainers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
+            trainers[-1].stdout.readline()
+            deadline = time.time() + 20
+            while len(processes(name)) < 2 and time.time() < deadline:  # the trainer and its program
+                time.sleep(0.05)
+            folders += set(temporary.iterdir()) - others - set(folders) - {foreign}
+            os.utime(folders[-1], times=(0, 0))
+        assert len(folders) == 2
+        (folders[0] / "link").symlink_to(outside)
+        (folders[0] / "deep" / "er").mkdir(parents=True)
+        os.utime(folders[0], times=(0, 0))
+        for trainer, left in zip(trainers, [{folders[1]}, set()]):
+            trainer.kill()
+            trainer.wait()
+            Sandbox(level=sandbox.level)
+            assert set(temporary.iterdir()) == others | left
+        assert (outside / "file").exists()
+    finally:
+        for trainer in trainers:
+            trainer.kill()
+            trainer.wait()
+            trainer.stdout.close()
+        for process in processes(marker):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
 # --- faults of the machine are errors ---------------------------------------------------------------------------------
 
 
@@ -404,6 +494,7 @@ def test_levels(monkeypatch):
     assert auto.level in Sandbox.LEVELS and auto.level in auto.describe() and "\n" not in auto.describe()
     advice = "bubblewrap closes this, if you can install it"
     assert advice in Sandbox(level="process").describe() and (advice in auto.describe()) == (auto.level != "bubblewrap")
+    assert all("session keyring" in box.describe() for box in (auto, Sandbox(level="process")))
     with pytest.raises(ValueError, match="unknown sandbox level"):
         Sandbox(level="virtual machine")
 
