@@ -11,26 +11,29 @@ rounding, serve `sampler_gap` and `tis_cap` alone.
   A  = (R_i - mean_k R_k) / std_k R_k, over the G trajectories; the same for all turns and tokens of i          (Eq. 7)
 
 Shapes: P questions, G trajectories per question (a group), T_i turns in trajectory i, B rows (turns) per batch or
-micro-batch; T tokens in its longest completion, S in its longest prompt + completion, N in all its completions, C per
-chunk of these; D hidden size, V vocabulary.
+micro-batch; T tokens in its longest completion, S in its longest prompt + completion, N in all its completions, K
+different ones of these, C per chunk of them; D hidden size, V vocabulary.
 
 Same as the paper
   three nested means, over trajectories, turns and tokens: a long trajectory weighs no more than a short one    (Eq. 5)
   mean and std of the G trajectories, never pooled over turns: more turns do not shift the baseline             (Eq. 7)
   the ratio of each token is clipped to 1 +- eps; KL to the initial policy with beta = 0.001                    (Eq. 5)
-  (by default train.py makes one update per batch of rollouts: then r = 1 and no clip acts; with more, it does)
+  (in the first update on a batch of rollouts r = 1 and no clip acts; train.py makes two, and in the second it does)
 Where the paper gives no value, we take
   eps = 0.2; KL by the k3 estimator, under the same means; std with G - 1; a group of equal rewards gets A = 0
 Departs, and why; all off by default
   clip_high=0.3        as the authors ran it: an unlikely token can rise further before it is clipped           (Eq. 5)
   "token-mean"         as the authors ran it: every token counts the same, so long rows count more              (Eq. 5)
   normalize_std=False  Dr. GRPO: dividing by std favours questions that are nearly always solved or failed      (Eq. 7)
+  dual_clip=3          as the authors ran it: for A < 0, r A has no lower bound, so take max(., 3 A)             (Eq. 5)
   tis_cap              sampler and trainer differ in rounding: weigh tokens by min(pi_old / pi_sampler, cap)    (Eq. 5)
 """
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from tree import plant
 
 MAX_LOGITS = 2**26  # per chunk, 256 MiB in float32: a larger vocabulary gets smaller chunks, not more memory
 
@@ -43,9 +46,10 @@ def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     advantages = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
     if normalize_std:
         advantages = advantages / rewards.std(dim=1, keepdim=True)  # (P, G), sample std: divisor G - 1
-    # If all rewards are equal, Eq. 7 is 0/0 and there is nothing to learn. The test is exact. An epsilon in the divisor
-    # would hide this case behind rounding errors, and would shrink every other advantage.
-    no_signal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (P, 1)
+    # If all rewards are equal, Eq. 7 is 0/0 and there is nothing to learn. Equal means to six digits: the last ones may
+    # differ by rounding. An epsilon in the divisor would hide this case, and would shrink every other advantage.
+    spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)  # (P, 1)
+    no_signal = spread <= 1e-6 * rewards.abs().amax(dim=1, keepdim=True)  # (P, 1)
     return torch.where(no_signal, 0.0, advantages).float()
 
 
@@ -72,56 +76,46 @@ def token_weights(row_weights: Tensor, mask: Tensor) -> Tensor:
     return mask * (row_weights / mask.sum(dim=1))[:, None]
 
 
-def micro_batches(lengths: list[int], max_tokens: int, max_padding: float = 0.05) -> list[list[int]]:
-    """Split row indices so that rows * longest <= max_tokens, and at most the share max_padding is padding. A row that
-    is longer than max_tokens gets a batch of its own.
-
-    `lengths` count prompt and completion. Rows are sorted to keep the padding small. The longest come first: if memory
-    is too small for them, the run fails at once.
-    """
-    batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # stable: equal lengths keep their order
-        batch = [*batches[-1], i] if batches else [i]
-        size = len(batch) * lengths[batch[0]]
-        padding = size - sum(lengths[j] for j in batch)
-        if batches and size <= max_tokens and padding <= max_padding * size:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
 def token_logprobs(
     model: torch.nn.Module,
     prompt_ids: list[list[int]],
     completion_ids: list[list[int]],
     temperature: float = 1.0,
     chunk_size: int = 512,
-    pad_token_id: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log pi(a_j | s, a_<j) of each completion token: logprobs (B, T), mask (B, T), entropy (B, T, without gradient).
 
     The policy is the softmax of logits / temperature, as in the sampler. The model must be a causal one of transformers
     whose logits are `lm_head` of the last hidden state (Qwen, Llama, Mistral; not Gemma 2, which caps its logits).
 
-    Rows are padded on the RIGHT. Under a causal mask no real token sees a pad, and positions start at 0, so there is no
-    attention mask to get wrong. Pads are found by position, never by value: pad_token_id may equal EOS.
+    Rows that begin alike run as a tree (tree.py). The log-prob of a token is the one of its node, as its parent's state
+    predicts it. Rows that share the node share this number.
     """
     if not all(prompt_ids) or not all(completion_ids):
         raise ValueError("a row has an empty prompt or an empty completion")
-    rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids)]
-    device = model.device
-    start = torch.tensor([[len(prompt)] for prompt in prompt_ids], device=device)  # (B, 1)
-    length = torch.tensor([[len(completion)] for completion in completion_ids], device=device)  # (B, 1)
-    mask = torch.arange(int(length.max()), device=device) < length  # (B, T), True on the tokens of a
+    tree = plant([[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids)], model)
+    start = torch.tensor([[len(prompt)] for prompt in prompt_ids], device=model.device)  # (B, 1)
+    length = torch.tensor([[len(completion)] for completion in completion_ids], device=model.device)  # (B, 1)
+    mask = torch.arange(int(length.max()), device=model.device) < length  # (B, T), True on the tokens of a
+    position = torch.arange(tree.nodes.shape[1], device=model.device)  # (S,)
+    sampled = (start <= position) & (position < start + length)  # (B, S), the same tokens
 
-    width = max(len(row) for row in rows)  # S
-    position = torch.arange(width, device=device).expand(len(rows), -1)  # (B, S)
-    # Position s predicts token s + 1. Only positions that predict a completion token get logits.
-    predicts = (start <= position + 1) & (position + 1 < start + length)  # (B, S)
-    input_ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows], device=device)  # (B, S)
-    targets = input_ids.roll(-1, dims=1)[predicts]  # (N,), row after row
-    states = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[predicts]  # (N, D)
+    # N tokens have K different nodes: compute these, then give each token the number of its node.
+    nodes, node_of_token = tree.nodes[sampled].unique(return_inverse=True)  # (K,), (N,)
+    parents = torch.empty_like(nodes)  # (K,)
+    parents[node_of_token] = tree.nodes.roll(1, dims=1)[sampled]
+    targets = tree.inputs["input_ids"].flatten()[nodes]  # (K,)
+    states = model.model(**tree.inputs, use_cache=False).last_hidden_state.flatten(0, 1)[parents]  # (K, D)
+
+    logprobs, entropy = (x[node_of_token] for x in predict(model, states, targets, temperature, chunk_size))  # (N,)
+    blank = torch.zeros(mask.shape, device=model.device)  # (B, T)
+    return blank.masked_scatter(mask, logprobs), mask, blank.masked_scatter(mask, entropy)  # pads hold 0
+
+
+def predict(
+    model: torch.nn.Module, states: Tensor, targets: Tensor, temperature: float, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """States (K, D), the token that follows each (K,) -> its log-prob (K,), and the entropy of the prediction (K,)."""
 
     def head(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = model.lm_head(states).float() / temperature  # (C, V)
@@ -131,14 +125,13 @@ def token_logprobs(
             entropy = log_z - (logits.softmax(dim=-1) * logits).sum(dim=-1)  # (C,)
         return logprobs, entropy
 
-    # All logits, (N, V), would be the largest tensor by far: for 8,192 tokens and a vocabulary of 152k each copy takes
+    # All logits, (K, V), would be the largest tensor by far: for 8,192 tokens and a vocabulary of 152k each copy takes
     # 5 GB. So the forward pass works chunk by chunk, and the backward pass computes the logits of each chunk again.
     chunk_size = min(chunk_size, max(1, MAX_LOGITS // model.lm_head.weight.shape[0]))
     pairs = zip(states.split(chunk_size), targets.split(chunk_size))
     chunks = [checkpoint(head, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
-    logprobs, entropy = (torch.cat(parts) for parts in zip(*chunks))  # (N,), (N,)
-    blank = torch.zeros(mask.shape, device=device)  # (B, T)
-    return blank.masked_scatter(mask, logprobs), mask, blank.masked_scatter(mask, entropy)  # pads hold 0
+    logprobs, entropy = map(torch.cat, zip(*chunks))
+    return logprobs, entropy
 
 
 def flow_grpo_loss(
@@ -152,6 +145,7 @@ def flow_grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     kl_coef: float = 0.001,
+    dual_clip: float = 0.0,
     sampler_logprobs: Tensor | None = None,
     tis_cap: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -179,6 +173,8 @@ def flow_grpo_loss(
     surrogate = ratio * advantages  # (B, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages  # (B, T)
     objective = torch.min(surrogate, clipped)  # (B, T), Eq. 5: a move beyond the clip range gains nothing
+    if dual_clip:  # a token that is far likelier now and was wrong must not outweigh all others
+        objective = torch.where(advantages < 0, objective.clamp(min=dual_clip * advantages), objective)  # (B, T)
     importance = torch.ones_like(ratio)  # (B, T)
     if tis_cap:  # pi_old / pi_sampler; the cap trades some bias for far less variance
         importance = (old_logprobs - clean(sampler_logprobs.detach())).exp().clamp(max=tis_cap)  # (B, T)
@@ -196,7 +192,7 @@ def flow_grpo_loss(
     with torch.no_grad():
         stats = {
             "kl": (weights * k3).sum(),  # to pi_ref; 0 when it is not computed
-            "ratio": (weights * ratio).sum(),  # 1 on the first update
+            "ratio": (weights * ratio).sum(),  # 1 in the first update
             "clip_fraction": (weights * (clipped < surrogate)).sum(),  # weight of the tokens that the clip holds
             "importance": (weights * importance).sum(),  # mean of the truncated weights; 1 without tis_cap
         }

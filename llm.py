@@ -10,7 +10,7 @@ The agent and the trainer use an engine through these methods (train.py knows a 
 
     TransformersEngine   in this process, on CPU, CUDA or MPS; repeats bit for bit on a CPU
     VLLMEngine           in this process, for a GPU; continuous batching, so no trajectory waits for another
-    HTTPEngine           any server with the OpenAI API; it cannot be given new weights
+    HTTPEngine           in lab/http_engine.py: any server with the OpenAI API; it cannot be given new weights
 
 Text is tokenised once, when it becomes a prompt. Sampled ids go into the loss as they are.
 """
@@ -23,24 +23,19 @@ import itertools
 import json
 import os
 from collections.abc import Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
 import torch
-from requests.adapters import HTTPAdapter
-from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.utils import logging as transformers_logging
-from urllib3 import Retry
 
-from flow_grpo import micro_batches
-from tools import UserError
+from tools import UserError, find, one_line
+from tree import RowCache, has_trees, micro_batches, plant, use_trees
 
+transformers_logging.set_verbosity_error()  # our own errors have one line
 transformers_logging.disable_progress_bar()  # it shows loads and saves; our own bars show what takes time
 
 
@@ -86,11 +81,17 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
     """(model, tokenizer) from a Hugging Face folder, a hub name, or the folder of a LoRA adapter, which comes with its
     base; `UserError` when it is none of them."""
     try:
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load a model from {path}: {str(error).splitlines()[0]}") from error
-    return model.to(device).eval(), tokenizer
+        assert not found["missing_keys"], f"its weights lack {', '.join(found['missing_keys'])}"  # they would be random
+        assert tokenizer("a")["input_ids"] and model.model and model.lm_head, "its tokenizer knows no words"
+        use_trees(model)
+        model.to(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the libraries raise nearly every class for what can be wrong with a folder
+        raise UserError(f"cannot load a model from {path}: {one_line(error)}") from error
+    return model.eval(), tokenizer
 
 
 def add_adapter(model: Any, rank: int, seed: int = 0) -> None:
@@ -107,14 +108,18 @@ def add_adapter(model: Any, rank: int, seed: int = 0) -> None:
 class Engine:
     """What the engines share: the tokenizer, which turns each prompt into ids once."""
 
-    def __init__(self, tokenizer, generation_config):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, generation_config, positions: int):
+        self.tokenizer, self.positions = tokenizer, positions
         eos = generation_config.eos_token_id
         eos = [eos] if isinstance(eos, int) else list(eos or [])
         self.eos_ids = sorted({*eos, tokenizer.eos_token_id} - {None})
         control_tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         message = [{"role": "user", "content": "{prompt}"}]
-        chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        try:
+            chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            assert "{prompt}" in chat, "it leaves the message out"
+        except Exception as error:  # a template is a program, so anything can go wrong in it
+            raise UserError(f"{tokenizer.name_or_path} needs a chat template that works: {one_line(error)}") from error
 
         @functools.lru_cache(4096)  # the rollouts of a group begin with the same prompts
         def encode(prompt: str) -> tuple[int, ...]:
@@ -124,6 +129,13 @@ class Engine:
             return tuple(tokenizer(chat.replace("{prompt}", prompt), add_special_tokens=False)["input_ids"])
 
         self.encode = encode
+
+    def check_length(self, request: Request) -> None:
+        """Past its last position, a model writes nonsense."""
+        needed = len(request.prompt_ids) + request.max_tokens
+        if needed > self.positions:
+            advice = "lower --result_chars, --max_turns or --max_tokens"
+            raise UserError(f"prompt and completion need {needed} of the model's {self.positions} positions: {advice}")
 
     def complete(self, prompt_ids: list[int], completion_ids: list[int], logprobs: list[float]) -> Completion:
         text = self.tokenizer.decode(completion_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -141,51 +153,47 @@ class Engine:
 class TransformersEngine(Engine):
     """Samples in batches with a KV cache. It holds its own copy of the weights, so a frozen module stays frozen."""
 
-    def __init__(
-        self,
-        path: str | Path,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        lora_rank: int = 0,
-        batch_tokens: int = 0,
-    ):
+    def __init__(self, path: str | Path, device="cpu", dtype=torch.float32, lora_rank=0, batch_tokens=0):
         self.model, tokenizer = load_model(path, device, dtype)
-        super().__init__(tokenizer, self.model.generation_config)
+        config = self.model.config.get_text_config()
+        super().__init__(tokenizer, self.model.generation_config, config.max_position_embeddings)
         if lora_rank:  # `load_weights` will fill it with the policy's adapter
             add_adapter(self.model, lora_rank)
         # Of requests that run together: prompts and completions, padding included.
-        self.batch_tokens = batch_tokens or (65536 if device == "cuda" else 8192)
+        self.batch_tokens = batch_tokens or (65536 if device == "cuda" else 32768)
 
     def load_weights(self, state_dict: dict[str, Tensor]) -> None:
         self.model.load_state_dict(state_dict)
 
     def generate_batch(self, requests: list[Request]) -> list[Completion]:
-        """Run all requests, in batches of similar length."""
-        lengths = [len(request.prompt_ids) + request.max_tokens for request in requests]
-        completions = {}
-        for rows in micro_batches(lengths, self.batch_tokens, max_padding=0.5):
-            completions |= zip(rows, self._generate([requests[i] for i in rows]))
-        return [completions[i] for i in range(len(requests))]
+        """Run all requests, in batches of similar length. Equal requests run once: greedy ones often are equal."""
+        different, completions = list(dict.fromkeys(requests)), {}
+        for request in different:
+            self.check_length(request)
+        lengths = [len(request.prompt_ids) + request.max_tokens for request in different]
+        max_padding = 1.0 if has_trees(self.model) else 0.0  # a pad would count in a window of attention
+        for rows in micro_batches(lengths, self.batch_tokens, max_padding):
+            batch = [different[i] for i in rows]
+            completions |= zip(batch, self._generate(batch))
+        return [completions[request] for request in requests]
 
     @torch.inference_mode()
     def _generate(self, requests: list[Request]) -> list[Completion]:
-        """Read U prompts in one pass, padded on the LEFT so that all end together; then sample for R running rows."""
+        """Read U prompts in one pass, as a tree; then sample for R running rows."""
         device = self.model.device
         prompts = list(dict.fromkeys(request.prompt_ids for request in requests))  # equal prompts share one pass
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (U,)
-        ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True, padding_side="left")
-        mask = torch.arange(-ids.shape[1], 0, device=device) >= -lengths[:, None]  # (U, S), True on real tokens
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # (U, S)
-        cache = DynamicCache(config=self.model.config)
-        hidden = self._forward(ids.to(device), mask, positions, cache)  # (U, D)
+        tree, cache = plant(prompts, self.model), DynamicCache()
+        states = self.model.model(**tree.inputs, past_key_values=cache, use_cache=True).last_hidden_state
 
-        # Samples of one prompt share its pass. From here each has a row of its own: U prompts become B rows.
+        # From here each request has a row of its own: its tokens' keys and values are copied from the tree.
         number = {prompt: n for n, prompt in enumerate(prompts)}
-        copies = torch.tensor([number[request.prompt_ids] for request in requests], device=device)  # (B,)
-        hidden, mask, positions = hidden[copies], mask[copies], positions[copies, -1:]
-        cache.batch_select_indices(copies)
+        nodes = tree.nodes[[number[request.prompt_ids] for request in requests]]  # (B, S)
+        hidden = states.flatten(0, 1)[nodes.amax(dim=1)]  # (B, D), of each row's last token
+        mask = nodes >= 0  # (B, S), True on real tokens
+        positions = mask.sum(dim=1, keepdim=True) - 1  # (B, 1)
         temperatures = torch.tensor([request.temperature for request in requests], device=device)  # (B,)
         limits = torch.tensor([request.max_tokens for request in requests], device=device)  # (B,)
+        cache.layers = [RowCache(layer, nodes, int(limits.max())) for layer in cache.layers]
         uniforms = self._uniforms(requests, int(limits.max()))  # (B, T)
         eos = torch.tensor(self.eos_ids, device=device)
         rows = torch.arange(len(requests), device=device)  # the requests that still run
@@ -204,15 +212,11 @@ class TransformersEngine(Engine):
                 cache.batch_select_indices(keep)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions + 1
-            hidden = self._forward(tokens[:, None], mask, positions, cache)
+            sees = mask[:, None, None] if has_trees(self.model) else mask  # (R, 1, 1, S)
+            inputs = dict(input_ids=tokens[:, None], attention_mask=sees, position_ids=positions)
+            output = self.model.model(**inputs, past_key_values=cache, use_cache=True)
+            hidden = output.last_hidden_state[:, -1]  # (R, D)
         return [self.complete(list(r.prompt_ids), *row) for r, *row in zip(requests, sampled, logprobs)]
-
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """The hidden state of the last token of each row, (R, D): no other position needs logits."""
-        output = self.model.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        return output.last_hidden_state[:, -1]
 
     def _uniforms(self, requests: list[Request], max_tokens: int) -> Tensor:
         """(B, max_tokens) numbers in [0, 1). A row depends on its request's seed, not on the batch."""
@@ -228,7 +232,7 @@ def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tens
 
     One uniform number picks a token by the inverse of the cumulative distribution; temperature 0 takes the likeliest.
     """
-    greedy = temperatures == 0
+    greedy = temperatures < 1e-6
     all_logprobs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperatures)[:, None], dim=-1)
     cdf = all_logprobs.to(uniforms.dtype).exp().cumsum(dim=-1)
     drawn = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
@@ -282,7 +286,8 @@ class VLLMEngine(Engine):
             logprobs_mode="processed_logprobs",  # log-probs of the sampled distribution: after the temperature
             **options,
         )
-        super().__init__(self.llm.get_tokenizer(), GenerationConfig.from_pretrained(base))
+        positions = self.llm.model_config.max_model_len
+        super().__init__(self.llm.get_tokenizer(), GenerationConfig.from_pretrained(base), positions)
         self.vllm, self.engine = vllm, self.llm.llm_engine
         self.lora_rank, self.lora_request = lora_rank, None
         self.can_sleep, self.asleep = can_sleep and device != "cpu", False
@@ -300,6 +305,7 @@ class VLLMEngine(Engine):
         return frozen
 
     async def generate(self, request: Request) -> Completion:
+        self.check_length(request)
         key = (request.prompt_ids, request.max_tokens, self.lora_request is None)
         if request.temperature == 0 and key in self.greedy:
             return await self.greedy[key]
@@ -379,60 +385,11 @@ class VLLMEngine(Engine):
             self.llm.wake_up(tags=list(tags))
 
 
-# --- any server with the OpenAI API -----------------------------------------------------------------------------------
-
-
-class HTTPEngine(Engine):
-    """A model behind a server with chat completions. `address` is the server's base URL and the model's name, such as
-    http://localhost:8000/v1#NAME. OPENAI_API_KEY holds the key.
-
-    If the server fails, the engine tries again. If it keeps failing, the engine raises an `EngineError`.
-    """
-
-    def __init__(self, address: str, concurrency=64, timeout_s=300.0, backoff_s=1.0):
-        self.url, _, self.model = address.partition("#")
-        if not self.model:
-            raise UserError(f"{address} names no model: write {address}#NAME")
-        self.timeout_s = timeout_s
-        self.threads = ThreadPoolExecutor(concurrency)  # one per request in flight
-        self.session = requests.Session()
-        self.session.auth = lambda request: request  # else `requests` takes a key from ~/.netrc instead of ours
-        again = (408, 409, 425, 429, *range(500, 600))
-        retry = Retry(5, status_forcelist=again, allowed_methods=None, backoff_factor=backoff_s, retry_after_max=60)
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency, max_retries=retry))
-        if key := os.environ.get("OPENAI_API_KEY"):
-            self.session.headers["Authorization"] = f"Bearer {key}"
-
-    def encode(self, prompt: str) -> str:
-        return prompt  # the server has the tokenizer
-
-    async def generate(self, request: Request) -> Completion:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, self._complete, request)
-
-    def _complete(self, request: Request) -> Completion:
-        body = dict(model=self.model, max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed)
-        body["messages"] = [{"role": "user", "content": request.prompt_ids}]
-        try:
-            url = f"{self.url}/chat/completions"
-            response = self.session.post(url, json=body, timeout=(10, self.timeout_s), allow_redirects=False)
-            response.raise_for_status()
-            answer = response.json()
-            choice, usage = answer["choices"][0], answer.get("usage") or {}
-            text, reason = choice["message"]["content"], choice["finish_reason"]
-            tokens = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
-            if not isinstance(text, str) or not (text or tokens[1]) or reason not in ("stop", "length"):
-                raise ValueError(f"no text, finish_reason {reason!r}")
-        except (requests.RequestException, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise EngineError(f"{self.url} failed: {type(error).__name__}: {str(error)[:300]}") from error
-        return Completion([], [], [], text, reason, tokens)
-
-
 def open_engine(kind: str, model: str, device: str, dtype: torch.dtype, lora_rank: int = 0, **vllm_options) -> Engine:
     """The engine for a model: HTTP for a URL, else the `kind`, transformers or vllm. With a `lora_rank` the engine
     samples the model with an adapter. The `vllm_options` are memory_share and can_sleep."""
     if model.startswith(("http://", "https://")):
-        return HTTPEngine(model)
+        return find("lab.http_engine.HTTPEngine", {})(model)
     if kind == "vllm":
         return VLLMEngine(model, device, dtype, lora_rank=lora_rank, **vllm_options)
     return TransformersEngine(model, device, dtype, lora_rank)

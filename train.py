@@ -10,14 +10,18 @@ the same command continues it, bit for bit on a CPU. No random state needs savin
 the run's seed, the step, the question, the sample and the turn.
 """
 
+import fcntl
+import itertools
 import json
 import math
+import os
 import re
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,30 +33,23 @@ from torch.optim import AdamW, Optimizer
 
 from agent import AgentSystem, Trajectory, Turn
 from eval import SystemConfig, behaviour, evaluate, open_system, run_main, setting, table
-from flow_grpo import (
-    broadcast_to_turns,
-    flow_grpo_loss,
-    group_advantages,
-    micro_batches,
-    row_weights,
-    token_logprobs,
-    token_weights,
-)
+from flow_grpo import broadcast_to_turns, flow_grpo_loss, group_advantages, row_weights, token_logprobs, token_weights
 from judge import score
 from llm import EngineError, TransformersEngine, add_adapter, best_device, derive_seed, load_model, open_engine
-from tasks import Example, append, load_examples, questions_of_step
-from tools import UserError
+from tasks import Example, append, load_examples, questions_of_step, read_kept
+from tools import UserError, find
+from tree import split_rows
 
 
 @dataclass
 class Config(SystemConfig):
     # the run
-    steps: int = setting(44, "* rollout batches, each followed by a policy update", group="the run", low=1)
+    steps: int = setting(20, "* rollout batches, each followed by a policy update", group="the run", low=1)
     run_dir: str = setting("", "folder of the run; empty: runs/TASK-seedSEED")
     model: str = setting("tinyworld/backbone", "* model folder or hub name of the planner and the frozen modules")
     frozen_model: str = setting("", "model of the frozen modules: folder, hub name or URL#NAME; empty: --model")
-    eval_every: int = setting(12, "steps between checkpoints, evaluations on dev and printed trajectories", low=1)
-    dev_questions: int = setting(100, "dev questions per evaluation; 0: the whole split", low=0)
+    eval_every: int = setting(10, "steps between checkpoints, evaluations on dev and printed trajectories", low=1)
+    dev_questions: int = setting(50, "dev questions per evaluation; 0: the whole split", low=0)
     test_questions: int = setting(0, "test questions before and after training; 0: the whole split", low=0)
     # Flow-GRPO
     questions_per_step: int = setting(16, "* P, questions per step", group="Flow-GRPO", low=1)
@@ -60,9 +57,10 @@ class Config(SystemConfig):
     learning_rate: float = setting(6e-4, "* learning rate of AdamW after the warm-up", low=0)
     warmup_steps: int = setting(3, "optimizer steps over which the learning rate rises linearly", low=0)
     decay: bool = setting(True, "linear decay of the learning rate, to 0 at the end of the run")
-    updates_per_step: int = setting(1, "optimizer steps per rollout batch; the clip acts from the second on", low=1)
-    clip_low: float = setting(0.2, "epsilon of the clip below a ratio of 1 (Eq. 5)", low=0)
+    updates_per_step: int = setting(2, "optimizer steps per rollout batch; the clip acts from the second on", low=1)
+    clip_low: float = setting(0.2, "epsilon of the clip below a ratio of 1 (Eq. 5)", low=0, high=1)
     clip_high: float = setting(0.2, "epsilon of the clip above a ratio of 1 (Eq. 5); the authors ran 0.3", low=0)
+    dual_clip: float = setting(0.0, "bound c of the loss for A < 0, as the authors ran it: 3; 0: no bound", low=0)
     kl_coef: float = setting(0.001, "* beta, weight of the KL to the initial policy (Eq. 5)", low=0)
     aggregation: Literal["paper", "token-mean"] = setting(
         "paper", "means in the loss; paper: trajectories, turns, tokens; token-mean: all tokens, as the authors ran it"
@@ -71,7 +69,10 @@ class Config(SystemConfig):
     tis_cap: float = setting(0.0, "cap of the importance weights trainer / sampler; 0: no such weights", low=0)
     # the trainer at real size
     micro_batch_tokens: int = setting(
-        2048, "tokens of one forward and backward pass, padding included", group="the trainer at real size", low=1
+        2048,
+        "tokens of one forward and backward pass, those that rows share counted once",
+        group="the trainer at real size",
+        low=1,
     )
     dtype: Literal["auto", "float32", "mixed", "bfloat16"] = setting(
         "auto", "number format; mixed: float32 weights, bfloat16 arithmetic; auto: mixed on cuda, else float32"
@@ -83,8 +84,10 @@ class Config(SystemConfig):
 
 
 def main(config: Config) -> None:
-    if config.temperature == 0:
-        raise UserError("--temperature 0: greedy rollouts of a group are all equal, so there is nothing to compare")
+    if config.temperature < 0.01:
+        raise UserError(
+            f"--temperature {config.temperature}: greedy rollouts are all equal: there is nothing to compare"
+        )
     run = Path(config.run_dir or f"runs/{Path(config.task).name}-seed{config.seed}")
     train_set, dev_set, test_set = (load_examples(config.task, split) for split in ("train", "dev", "test"))
     dev_set, test_set = dev_set[: config.dev_questions or None], test_set[: config.test_questions or None]
@@ -101,6 +104,8 @@ def main(config: Config) -> None:
     policy, tokenizer, optimizer = build_trainer(config, precision)
     ref_policy = reference(config, precision, policy, system.frozen)
     print(f"{run} on {precision.device}; {system.sandbox.describe()}")
+    if os.getloadavg()[0] > os.cpu_count() / 2:
+        print("the cores are busy: two trainings side by side are many times faster with OMP_NUM_THREADS=1 for each")
 
     # Take weights, optimizer and step from the last checkpoint. Later log lines are dropped, as their steps run again.
     first_step, result = resume(run, policy, optimizer)
@@ -142,7 +147,7 @@ def main(config: Config) -> None:
 
         # --- update: every turn is a row with the advantage of its trajectory (Eq. 4), in the loss of Eq. 5
         system.planner.sleep()  # frees memory for the gradient step; nobody asks an engine until `sync`
-        batches = make_batches(trajectories, advantages, config, precision.device)
+        batches = make_batches(trajectories, advantages, config, policy)
         stats = update_policy(policy, ref_policy, optimizer, batches, config, precision, step)
         check_update(step, stats, precision)
         metrics["t_update"] = lap()
@@ -174,7 +179,7 @@ def main(config: Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # everything is saved: it may end at once
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     result["after"] = run_test(run, "after", system, test_set, config)
-    plot_curves(run)
+    find("lab.curves.plot_curves", {})(run)
     write_atomically(run / "result.json", json.dumps(result, indent=2))  # last: a run that has it is finished
     report(run)
 
@@ -191,7 +196,7 @@ class Batch:
     weights: Tensor  # (B,), the weight of each turn in the mean over the whole step
     sampler_logprobs: Tensor  # (B, T), 0 on pads
     ref_logprobs: Tensor | None = None  # (B, T), of pi_ref
-    old_logprobs: Tensor | None = None  # (B, T), of pi_old; None if the policy still is pi_old
+    old_logprobs: Tensor | None = None  # (B, T), of pi_old; from the first update
 
     def forward(self, model: Any, config: Config, precision: "Precision") -> tuple[Tensor, Tensor, Tensor]:
         """logprobs, mask and entropy, (B, T) each."""
@@ -200,7 +205,7 @@ class Batch:
             return token_logprobs(model, prompts, completions, config.temperature)
 
 
-def make_batches(trajectories: list[Trajectory], advantages: Tensor, config: Config, device: str) -> list[Batch]:
+def make_batches(trajectories: list[Trajectory], advantages: Tensor, config: Config, policy: Any) -> list[Batch]:
     """Split the turns of a step into micro-batches and broadcast advantages (P, G) to them (Eq. 4). The gradients of
     micro-batches add up to the gradient of Eq. 5, however the turns are split."""
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
@@ -208,12 +213,12 @@ def make_batches(trajectories: list[Trajectory], advantages: Tensor, config: Con
     num_tokens = [len(turn.completion_ids) for turn in turns]
     row_advantages = broadcast_to_turns(advantages, num_turns)  # (B,)
     weights = row_weights(num_turns, num_tokens, config.aggregation)  # (B,)
-    lengths = [len(turn.prompt_ids) + len(turn.completion_ids) for turn in turns]
+    rows_of_ids = [[*turn.prompt_ids, *turn.completion_ids] for turn in turns]
     batches = []
-    for rows in micro_batches(lengths, config.micro_batch_tokens):
+    for rows in split_rows(rows_of_ids, config.micro_batch_tokens, policy):
         batch = [turns[i] for i in rows]
         sampled = pad_sequence([torch.tensor(turn.logprobs) for turn in batch], batch_first=True)  # (B, T)
-        tensors = (x.to(device) for x in (row_advantages[rows], weights[rows], sampled))
+        tensors = (x.to(policy.device) for x in (row_advantages[rows], weights[rows], sampled))
         batches.append(Batch(batch, *tensors))
     return batches
 
@@ -233,22 +238,21 @@ def update_policy(
                     turn.ref_logprobs = row[real].tolist()  # rollouts.jsonl keeps them
             if ref_policy is policy:
                 policy.enable_adapters()
-        if config.updates_per_step > 1:  # in a single update the policy still is pi_old, so r = 1
-            for batch in batches:
-                batch.old_logprobs = batch.forward(policy, config, precision)[0]
 
     policy.train()  # without dropout in these models, it only switches activation checkpointing on
     for update in range(config.updates_per_step):
-        sums = Counter()
+        sums, max_ratio = Counter(), 0.0
         for batch in batches:
             logprobs, mask, entropy = batch.forward(policy, config, precision)
-            old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+            if update == 0:  # the policy still is pi_old, so r = 1
+                batch.old_logprobs = logprobs.detach()
             loss, stats = flow_grpo_loss(
-                logprobs, old_logprobs, batch.ref_logprobs, batch.advantages, mask, batch.weights,
-                clip_low=config.clip_low, clip_high=config.clip_high, kl_coef=config.kl_coef,
-                sampler_logprobs=batch.sampler_logprobs, tis_cap=config.tis_cap,
+                logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages, mask, batch.weights,
+                clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
+                kl_coef=config.kl_coef, sampler_logprobs=batch.sampler_logprobs, tis_cap=config.tis_cap,
             )  # fmt: skip
             loss.backward()
+            max_ratio = max(max_ratio, (logprobs - batch.old_logprobs).max().exp().item())
             weights = token_weights(batch.weights, mask)  # (B, T)
             gap = (logprobs.detach() - batch.sampler_logprobs).abs()  # (B, T)
             stats |= {"loss": loss, "entropy": (weights * entropy).sum(), "sampler_gap": (weights * gap).sum()}
@@ -261,7 +265,7 @@ def update_policy(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     policy.eval()
-    return {**sums, "sampler_gap": sampler_gap, "grad_norm": grad_norm, "learning_rate": rate}
+    return {**sums, "max_ratio": max_ratio, "sampler_gap": sampler_gap, "grad_norm": grad_norm, "learning_rate": rate}
 
 
 MAX_GRAD_NORM = 1.0  # a gradient with a larger norm is scaled down to it
@@ -272,7 +276,7 @@ def check_update(step: int, stats: dict[str, float], precision: "Precision") -> 
     limits = {"grad_norm": math.inf, "sampler_gap": 1e-3 if precision.engine == torch.float32 else 0.1}
     for name, limit in limits.items():
         if not stats[name] < limit:  # nan too
-            raise EngineError(f"step {step}: {name} is {stats[name]:.2g}, not below {limit}; the last checkpoint holds")
+            raise EngineError(f"step {step}: {name} is {stats[name]:.2g}, not below {limit}; this step is not saved")
 
 
 def learning_rate(config: Config, update: int) -> float:
@@ -423,31 +427,12 @@ def record(step: int, example: Example, t: Trajectory) -> dict:
     }  # fmt: skip
 
 
-PLOTS = "reward dev_accuracy turns tool_shares tool_error_rate entropy kl grad_norm".split()
-
-
-def plot_curves(run: Path) -> None:
-    """curves.png: figures of metrics.jsonl over the steps."""
-    from matplotlib.figure import Figure
-
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(14, 6), layout="constrained")
-    for axis, name in zip(figure.subplots(2, 4).flat, PLOTS):
-        steps, values = zip(*((m["step"], m[name]) for m in lines if name in m))
-        if name == "tool_shares":
-            axis.plot(steps, [list(shares.values()) for shares in values], label=list(values[0]))
-            axis.legend()
-        else:
-            axis.plot(steps, values, ".-")
-        axis.set(title=name.replace("_", " "), xlabel="step", ylim=(0, None))
-    figure.savefig(run / "curves.png")
-
-
 def report(run: Path) -> None:
     """Print the test before and after, and the folder."""
-    result = json.loads((run / "result.json").read_text())
-    print(table({"before": result["before"], "after": result["after"]}))
-    print(f"trained in {result['train_seconds']:.0f} s; {run} has curves.png, rollouts.jsonl and checkpoint")
+    with whole(run / "result.json"):
+        result = json.loads((run / "result.json").read_text())
+        print(table({"before": result["before"], "after": result["after"]}))
+        print(f"trained in {result['train_seconds']:.0f} s; {run} has curves.png, rollouts.jsonl and checkpoint")
 
 
 # --- the folder of a run ----------------------------------------------------------------------------------------------
@@ -455,19 +440,29 @@ def report(run: Path) -> None:
 
 def start_run(run: Path, config: Config) -> None:
     """Make the folder, or check that the run in it has the same flags. Until a run has a line of metrics, there is
-    nothing to lose, so you may start it again with other flags."""
+    nothing to lose, so you may start it again with other flags. This process locks the folder until it ends."""
     path = run / "config.json"
-    if not (run / "metrics.jsonl").exists():
-        run.mkdir(parents=True, exist_ok=True)
-        return write_atomically(path, json.dumps(asdict(config), indent=2))
-    before = json.loads(path.read_text())
-    changed = [f"--{name}" for name, value in asdict(config).items() if before.get(name) != value and name != "run_dir"]
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        fcntl.lockf(os.open(run / "lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process trains in {run}: let it end, or name a folder with --run_dir") from None
+    now, started = asdict(config), (run / "metrics.jsonl").exists() or (run / "checkpoint").exists()
+    if not (started or path.exists()):
+        return write_atomically(path, json.dumps(now, indent=2))
+    with whole(path):
+        before = json.loads(path.read_text())
+        changed = [f"--{name}" for name in before | now if before.get(name) != now.get(name) and name != "run_dir"]
+        if not started and "run_dir" in before:
+            return write_atomically(path, json.dumps(now, indent=2))
     if changed:
         raise UserError(f"{run} holds a run with other {', '.join(changed)}: remove it, or name another with --run_dir")
 
 
 def save(run: Path, step: int, policy, tokenizer, optimizer, result: dict) -> None:
     """Replace checkpoint/ as a whole: a kill at any moment leaves the new one or the last one."""
+    if not all(parameter.isfinite().all() for parameter in policy.parameters()):
+        raise EngineError(f"step {step}: a weight is nan or infinite; this step is not saved")
     new, current, old = run / "checkpoint.new", run / "checkpoint", run / "checkpoint.old"
     shutil.rmtree(new, ignore_errors=True)
     policy.save_pretrained(new)
@@ -485,16 +480,34 @@ def resume(run: Path, policy: Any, optimizer: Optimizer) -> tuple[int, dict]:
     current, old = run / "checkpoint", run / "checkpoint.old"
     if not current.exists() and old.exists():  # killed between the two renames of `save`
         old.rename(current)
-    trainer = {"step": 0, "result": {}}
+    done, result = 0, {}
     if current.exists():
-        trainer = torch.load(current / "trainer.pt", weights_only=True)
-        policy.load_state_dict(load_model(current)[0].state_dict())
-        optimizer.load_state_dict(trainer["optimizer"])
-    for path in filter(Path.exists, (run / "metrics.jsonl", run / "rollouts.jsonl")):
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer["step"]]
-        write_atomically(path, "".join(kept if trainer["step"] else []))
-    return trainer["step"] + 1, trainer["result"]
+        with whole(current):
+            trainer = torch.load(current / "trainer.pt", weights_only=True)
+            policy.load_state_dict(load_model(current)[0].state_dict())
+            optimizer.load_state_dict(trainer["optimizer"])
+            done, result = trainer["step"], dict(trainer["result"])
+            assert range(done), "no step is in it"
+    for path in (run / "metrics.jsonl", run / "rollouts.jsonl"):
+        number = itertools.count()  # a step has many rollouts
+        mistake = "is damaged ({error}): mend or remove it"
+        rows = read_kept(path, lambda row: ((range(row["step"]).stop, next(number)), row), mistake)
+        steps = {step for step, _ in rows}
+        if missing := set(range(1, done + 1)) - steps:
+            print(f"{path} lacks {len(missing)} of {done} steps; the run goes on, but its log keeps this hole")
+        kept = [row for (step, _), row in rows.items() if done and step <= done]
+        if len(kept) < len(rows):
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return done + 1, result
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """If somebody has changed a file of the run, say so in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({error!r}): restore it, or remove the folder of the run") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from agent import Trajectory, Turn
 from eval import open_system, run_main, setting
+from lab.compare import compare
 from llm import Lockstep, Request, best_device, open_engine
 from sandbox import Sandbox
 from tasks import load_examples, questions_of_step
@@ -45,6 +46,7 @@ from train import (
     sync,
     update_policy,
 )
+from tree import plant
 
 SHAPES = {  # layers, hidden size, intermediate size, heads, key-value heads, embeddings tied; vocabulary 151,936
     "qwen2.5-0.5b": (24, 896, 4864, 14, 2, True),
@@ -69,6 +71,8 @@ class BenchConfig(Config):
 def main(config: BenchConfig) -> None:
     if config.shape and config.shape not in SHAPES:
         raise UserError(f"--shape {config.shape}: must be {', '.join(SHAPES)}")
+    if config.output:
+        open(config.output, "a").close()  # a place that cannot be written to shows now
     name = config.shape or config.model
     if config.shape:
         config = replace(config, model=make_shape(config.shape, config.model))
@@ -80,7 +84,8 @@ def main(config: BenchConfig) -> None:
     policy, _, optimizer = build_trainer(config, precision)
     gradient_figures, t_gradient = measure_gradient(config, precision, policy, optimizer, trajectories)
     t_sync = measure_sync(config, planner, policy, device)
-    figures |= gradient_figures
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    figures |= gradient_figures | compare(policy, planner, turns, config.micro_batch_tokens, config.repeats, device)
     figures["sync: seconds, sleep and waking included"] = t_sync
     figures["sync: share of a step"] = t_sync / (t_rollout + t_gradient + t_sync)
 
@@ -157,19 +162,20 @@ def measure_gradient(
     advantages = torch.ones(1, len(trajectories))  # (P, G)
 
     def gradient() -> None:
-        batches = make_batches(trajectories, advantages, still, device)
+        batches = make_batches(trajectories, advantages, still, policy)
         update_policy(policy, policy, optimizer, batches, still, precision, step=1)
 
     t_gradient = median(config.repeats, gradient, device)
     memory = used_gpu_memory_mb() or peak_memory_mb()
-    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
-    work, peak = work_of(policy, turns), measured_peak(device, precision.engine)
+    batches = make_batches(trajectories, advantages, still, policy)
+    tokens, computed, work = work_of(policy, batches)
+    peak = measured_peak(device, precision.engine)
     figures = {
-        "gradient: tokens/s, forward, backward and optimizer": sum(map(row_length, turns)) / t_gradient,
+        "gradient: tokens/s, forward, backward and optimizer": tokens / t_gradient,
+        "gradient: computed tokens, of those": computed / tokens,
         "gradient: TFLOP/s, recomputation not counted": work / t_gradient / 1e12,
         "machine: TFLOP/s of one large matrix product": peak / 1e12,
         "gradient: share of that": work / t_gradient / peak,
-        "gradient: share of padding": share_of_padding(make_batches(trajectories, advantages, still, device)),
         "gradient: peak memory, sleeping engine included, MB": memory,
     }
     return figures, t_gradient
@@ -199,10 +205,12 @@ def make_shape(shape: str, tokenizer_of: str) -> str:
             num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
             max_position_embeddings=32768, eos_token_id=151645, pad_token_id=151643, dtype="bfloat16",
         )  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer_config.json", "chat_template.jinja"):  # first: a wrong --model shows at once
+            shutil.copy(Path(tokenizer_of) / name, folder / name)
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
-        for name in ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json"):
-            shutil.copy(Path(tokenizer_of) / name, folder / name)
+        shutil.copy(Path(tokenizer_of) / "tokenizer.json", folder)  # last: a folder that has it is whole
     return str(folder)
 
 
@@ -232,33 +240,31 @@ def tokens_written(trajectories: list[Trajectory]) -> int:
     return sum(count for kind, count in total.items() if kind.endswith("_written"))
 
 
-def row_length(turn: Turn) -> int:
-    return len(turn.prompt_ids) + len(turn.completion_ids)
+def work_of(policy: Any, batches: list[Batch]) -> tuple[int, int, float]:
+    """(tokens of all rows; tokens that are computed, with padding, those that rows share once; FLOPs of forward and
+    backward).
 
-
-def share_of_padding(batches: list[Batch]) -> float:
-    padded = real = 0
-    for batch in batches:
-        lengths = list(map(row_length, batch.turns))
-        real += sum(lengths)
-        padded += len(lengths) * max(lengths)
-    return 1 - real / padded
-
-
-def work_of(policy: Any, turns: list[Turn]) -> float:
-    """FLOPs of forward and backward over real tokens (as in PaLM, appendix B): 6 per weight and token, at completion
-    tokens alone for the head; and 12 per layer, attention width and pair of tokens, of which half are masked."""
+    FLOPs are counted as in PaLM, appendix B, without padding: 6 per weight and token, at completion tokens alone for
+    the head; and 12 per layer, attention width and pair of tokens of which one sees the other.
+    """
     config = policy.config
     head = config.vocab_size * config.hidden_size
     embedding = head if config.tie_word_embeddings else 2 * head
     body = sum(p.numel() for name, p in policy.named_parameters() if "lora_" not in name) - embedding
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    work = 0.0
-    for turn in turns:
-        length = row_length(turn)
-        work += 6 * (body * length + head * len(turn.completion_ids))
-        work += 12 * config.num_hidden_layers * width * length * length / 2
-    return work
+    tokens, computed, work = 0, 0, 0.0
+    for batch in batches:
+        rows = [[*turn.prompt_ids, *turn.completion_ids] for turn in batch.turns]
+        tree = plant(rows, policy)
+        seen, written = {}, set()  # node -> tokens that it sees; nodes of completions
+        for turn, row, nodes in zip(batch.turns, rows, tree.nodes.tolist()):
+            seen |= {node: place for place, node in enumerate(nodes[: len(row)], start=1)}
+            written |= set(nodes[len(turn.prompt_ids) : len(row)])
+        tokens += sum(map(len, rows))
+        computed += tree.inputs["input_ids"].numel()
+        work += 6 * (body * len(seen) + head * len(written))
+        work += 12 * config.num_hidden_layers * width * sum(seen.values())
+    return tokens, computed, work
 
 
 # --- clock and memory -------------------------------------------------------------------------------------------------

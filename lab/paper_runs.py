@@ -64,7 +64,8 @@ class Scale:
     share: float = 0.0  # of the pretraining steps, for the smaller backbone; 0: none
 
 
-SHORT = dict(dev_questions=1, eval_every=5)  # the comparisons use the training reward and the test alone
+# The comparisons use the training reward and the test alone, and make one update per step where they do not vary it.
+SHORT = dict(dev_questions=1, eval_every=5, updates_per_step=1)
 SCALES = {
     "full": Scale(
         "full", (0, 1, 2), {}, (0, 1), SHORT | dict(steps=20, test_questions=300),
@@ -216,10 +217,10 @@ def fine_tune(policy: Any, optimizer: torch.optim.Optimizer, rows: list[Turn], e
     rng = random.Random(f"sft {seed}")
     order = [row for _ in range(epochs) for row in rng.sample(rows, len(rows))]
     steps = [order[n : n + 64] for n in range(0, len(order), 64)]
-    config = train.Config(steps=len(steps), kl_coef=0.0, aggregation="token-mean")
+    config = train.Config(steps=len(steps), updates_per_step=1, kl_coef=0.0, aggregation="token-mean")
     precision = train.choose_precision(config, "cpu")
     for number, turns in enumerate(steps, start=1):
-        batches = train.make_batches([Trajectory("", turns, None, "")], torch.ones(1, 1), config, "cpu")
+        batches = train.make_batches([Trajectory("", turns, None, "")], torch.ones(1, 1), config, policy)
         train.update_policy(policy, policy, optimizer, batches, config, precision, number)
 
 
@@ -285,8 +286,10 @@ def folder_of_runs(out: Path, scale: Scale) -> Path:
 
 def finished(folder: Path, made_by: str) -> bool:
     """Whether this code has made the record of a run."""
-    path = folder / "record.json"
-    return path.exists() and json.loads(path.read_text()).get("fingerprint") == made_by
+    try:
+        return json.loads((folder / "record.json").read_text())["fingerprint"] == made_by
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # none, or a damaged one
+        return False
 
 
 def do(run: Run, folder: Path, made_by: str) -> None:

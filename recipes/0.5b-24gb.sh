@@ -20,5 +20,5 @@ TASK=${1:-tinyworld}
 python train.py --model "$MODEL" --run_dir "runs/0.5b-24gb-${TASK##*/}" --task "$TASK" \
     --engine vllm --engine_memory 0.2 \
     --questions_per_step 32 --group_size 8 --steps 100 --max_turns 3 --max_tokens 512 --result_chars 2000 \
-    --learning_rate 1e-6 --warmup_steps 5 --decay False --tis_cap 2 --micro_batch_tokens 8192 \
+    --learning_rate 1e-6 --warmup_steps 5 --decay False --updates_per_step 1 --tis_cap 2 --micro_batch_tokens 8192 \
     "${@:2}"

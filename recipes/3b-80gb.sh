@@ -21,6 +21,6 @@ TASK=${1:-tinyworld}
 python train.py --model "$MODEL" --run_dir "runs/3b-80gb-${TASK##*/}" --task "$TASK" \
     --engine vllm --engine_memory 0.2 \
     --questions_per_step 32 --group_size 8 --steps 100 --max_turns 3 --max_tokens 512 --result_chars 2000 \
-    --learning_rate 1e-6 --warmup_steps 5 --decay False --tis_cap 2 --micro_batch_tokens 16384 \
+    --learning_rate 1e-6 --warmup_steps 5 --decay False --updates_per_step 1 --tis_cap 2 --micro_batch_tokens 16384 \
     --optimizer adamw8bit \
     "${@:2}"

@@ -69,6 +69,25 @@ def test_text_cannot_write_control_tokens(engine):
     assert [i in control for i in ids] == [True, *[False] * (len(ids) - 2), True]
 
 
+def test_a_prompt_past_the_last_position_is_refused(engine):
+    fits = Request((1,) * (4096 - 8), 8, 0.0)
+    engine.check_length(fits)
+    with pytest.raises(UserError, match="need 4097 of the model's 4096 positions: lower --result_chars"):
+        engine.generate_batch([replace(fits, max_tokens=9)])
+
+
+@pytest.mark.parametrize(
+    "template, reason", [(None, "chat_template is not set"), ("{{", "unexpected"), ("hi", "leaves")]
+)
+def test_a_model_without_a_chat_template_that_works(engine, tmp_path, template, reason):
+    engine.model.save_pretrained(tmp_path)
+    tokenizer = load_model(BACKBONE)[1]
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"needs a chat template that works: .*{reason}"):
+        TransformersEngine(tmp_path)
+
+
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
@@ -135,14 +154,37 @@ def test_eos_is_included_and_a_cut_row_is_flagged(engine, rows):
 
 
 def test_equal_prompts_share_their_pass(engine, rows, monkeypatch):
-    passes, forward = [], engine._forward
-    monkeypatch.setattr(engine, "_forward", lambda ids, *rest: passes.append(ids.shape) or forward(ids, *rest))
+    passes, forward = [], engine.model.model.forward
+    monkeypatch.setattr(
+        engine.model.model, "forward", lambda **inputs: passes.append(inputs["input_ids"].shape) or forward(**inputs)
+    )
     prompt_ids = engine.encode(rows[0][1])
     together = engine.generate_batch([Request(prompt_ids, 8, 1.0, seed=n) for n in range(4)])
     assert passes[0] == (1, len(prompt_ids)) and passes[1] == (4, 1)
     for n, completion in enumerate(together):
         alone = engine.generate_batch([Request(prompt_ids, 8, 1.0, seed=n)])[0]
         assert completion.completion_ids == alone.completion_ids
+
+
+def test_prompts_that_begin_alike_share_what_they_begin_with(engine, rows, monkeypatch):
+    """As many tokens are read as the prompts have different beginnings, with and without trees the same is written."""
+    prompt_ids = engine.encode(rows[0][1])
+    longer = [prompt_ids, *(prompt_ids[:-1] + (n, prompt_ids[-1]) for n in range(300, 304))]
+    requests = [Request(ids, 8, 1.0, seed=n) for n, ids in enumerate(longer)]
+    passes, forward = [], engine.model.model.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            engine.model.model,
+            "forward",
+            lambda **inputs: passes.append(inputs["input_ids"].shape) or forward(**inputs),
+        )
+        shared = engine.generate_batch(requests)
+    assert passes[0] == (1, len(prompt_ids) + 8)
+    plain = TransformersEngine(BACKBONE)
+    plain.model.set_attn_implementation("sdpa")
+    for one, other in zip(shared, plain.generate_batch(requests)):
+        assert one.completion_ids == other.completion_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 def test_sample_draws_from_the_policy():

@@ -39,7 +39,7 @@ def test_a_solution_prints_what_it_says(path, session):
 def test_each_exercise_has_its_solution():
     page = (ROOT / "walkthrough.md").read_text()
     numbers = re.findall(r"^(\d)\. \*\*", page, re.MULTILINE)
-    assert numbers == list("12345678") == [path.stem for path in SOLUTIONS]
+    assert numbers == list("123456789") == [path.stem for path in SOLUTIONS]
     assert re.findall(r"\]\((docs/solutions/\d\.md)\)", page) == [f"docs/solutions/{n}.md" for n in numbers]
 
 

@@ -1,6 +1,8 @@
 """The benchmark's own arithmetic, and its path of random weights, on a shape that takes seconds."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ def test_a_shape(tiny_shape, capsys):
     bench.main(tiny_shape)
     written = json.loads(open("bench.json").read())
     figures = written["figures"]
-    assert figures["gradient: share of padding"] == 0 and written["config"]["shape"] == "tiny"
+    assert 0 < figures["gradient: computed tokens, of those"] < 1  # the prompts of a group are equal
+    assert written["config"]["shape"] == "tiny"
     assert 0 < figures["gradient: share of that"] < 1 and figures["rollout: tokens/s, of all modules"] > 0
     assert 0 < figures["sync: share of a step"] < 1
     out = capsys.readouterr().out
@@ -39,7 +42,7 @@ def test_the_bundled_model(tmp_path):
     bench.main(BenchConfig(model=str(BACKBONE), device="cpu", **sizes))
     figures = json.loads(output.read_text())["figures"]
     assert figures["rollout: trajectories/s, one at a time"] > 0 and figures["rollout: tokens/s, of all modules"] > 0
-    assert 0 <= figures["gradient: share of padding"] < 0.1
+    assert figures["gradient: computed tokens, of those"] < 0.6
 
 
 def test_rollouts_of_a_shape_have_the_sizes_that_were_asked_for(tiny_shape):
@@ -53,11 +56,18 @@ def test_rollouts_of_a_shape_have_the_sizes_that_were_asked_for(tiny_shape):
     assert first[0] == first[5] != first[6] and len({str(turn.completion_ids) for turn in turns}) > 12
 
 
-def test_padding():
-    """Rows of 10 and 6 tokens in one batch: 4 of 20 places are padding."""
-    turns = [Turn([5] * 7, [6] * 3, [0.0] * 3), Turn([5] * 4, [6] * 2, [0.0] * 2)]
-    batch = bench.Batch(turns, torch.ones(2), torch.ones(2), torch.zeros(2, 3))
-    assert bench.share_of_padding([batch]) == pytest.approx(0.2)
+def batch_of(turns):
+    return bench.Batch(turns, torch.ones(len(turns)), torch.ones(len(turns)), torch.zeros(len(turns), 3))
+
+
+def test_work_of_rows_that_share_a_beginning():
+    """Rows of 10 and 6 tokens, of which 4 are common: a tree of 12 nodes, or 20 places with padding."""
+    batch = batch_of([Turn([5] * 7, [6] * 3, [0.0] * 3), Turn([5] * 4, [6] * 2, [0.0] * 2)])
+    model, _ = load_model(BACKBONE)
+    shared = bench.work_of(model, [batch])
+    model.set_attn_implementation("sdpa")
+    padded = bench.work_of(model, [batch])
+    assert padded[:2] == (16, 20) and shared[:2] == (16, 12) and shared[2] < padded[2]
 
 
 def test_work_equals_what_torch_counts():
@@ -68,9 +78,25 @@ def test_work_equals_what_torch_counts():
         states = model.model(input_ids=torch.tensor([row.prompt_ids + row.completion_ids for row in rows]))
         hidden = states.last_hidden_state
         model.lm_head(hidden[:, 4:8]).sum().backward()
-    assert bench.work_of(model, rows) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    *_, work = bench.work_of(model, [batch_of(rows)])
+    assert work == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 def test_an_unknown_shape():
     with pytest.raises(UserError, match="--shape nonsense: must be qwen2.5-0.5b"):
         bench.main(BenchConfig(shape="nonsense"))
+
+
+@pytest.mark.parametrize("field", ["in_flight", "repeats", "prompt_tokens", "completion_tokens", "turns"])
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
+def test_numbers_out_of_range(field, value):
+    with pytest.raises(UserError, match=f"--{field} {value} is out of range: "):
+        BenchConfig(**{field: value})
+
+
+def test_wrong_places_show_before_anything_is_measured(tmp_path, tiny_shape):
+    with pytest.raises(IsADirectoryError):
+        bench.main(BenchConfig(output=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        bench.main(replace(tiny_shape, model="nowhere"))
+    assert not (tmp_path / "runs" / "shapes" / "tiny" / "model.safetensors").exists()

@@ -164,7 +164,7 @@ def test_imitation_has_the_gradient_of_the_cross_entropy():
             self.seen = [parameter.grad.clone() for parameter in policy.parameters()]
 
     optimizer = Keep(policy.parameters(), lr=0.0)
-    batches = train.make_batches([Trajectory("", rows, None, "")], torch.ones(1, 1), config, "cpu")
+    batches = train.make_batches([Trajectory("", rows, None, "")], torch.ones(1, 1), config, policy)
     stats = train.update_policy(policy, policy, optimizer, batches, config, precision, 1)
     scale = min(1.0, train.MAX_GRAD_NORM / stats["grad_norm"])
     assert len(batches) > 1
@@ -209,6 +209,9 @@ def test_a_run_of_other_code_is_made_again(out, tmp_path, monkeypatch):
     monkeypatch.setattr(paper_runs, "work_on", lambda run, *_: again.append(run.id))
     do_all(tmp_path / "paper", TINY)
     assert again == ["last-turn-seed0"]
+    (tmp_path / "paper" / "runs-tiny" / "taught-seed0" / "record.json").write_text('{"fingerprint": "')  # damaged
+    do_all(tmp_path / "paper", TINY)
+    assert sorted(again[1:]) == ["last-turn-seed0", "taught-seed0"]
     monkeypatch.setattr(paper_runs, "code_behind", lambda script: "other")
     do_all(tmp_path / "paper", TINY)
     assert set(again) == set(by_id(TINY))
