@@ -144,7 +144,7 @@ class Plan:
 
 # Models write a label at the start of a line, perhaps after "3." or "- ", perhaps in bold, in upper or lower case.
 _LABEL = re.compile(
-    r"^[ \t>#*\-]*(?:\d+[.)][ \t]*)?[*_`]*"
+    r"^[ \t>#*\-]*+(?:\d+[.)][ \t]*)?[*_`]*"
     r"(justification|context|sub[- _]?goal|tool[- _]?name|tool)[*_`]*[ \t]*:[*_`]*[ \t]*",
     re.IGNORECASE | re.MULTILINE,
 )

@@ -12,7 +12,8 @@ import math
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -30,9 +31,11 @@ from tools import TOOLS, UserError, find, find_tools
 # --- the command line of every script ---------------------------------------------------------------------------------
 
 
-def setting(default: Any, help: str, group: str = "", low: float | None = None) -> Any:
-    """A field of a config: its default, its text in --help, its smallest value. A `group` begins a group of flags."""
-    metadata = {"help": help, "group": group, "low": low}
+def setting(default: Any, help: str, group: str = "", low: float | None = None, high: float = 1e9) -> Any:
+    """A field of a config: its default, its text in --help, its range. A `group` begins a group of flags."""
+    if low is not None:
+        help += f" (at least {low})" if high == 1e9 else f" ({low} to {high})"
+    metadata = {"help": help, "group": group, "low": low, "high": high}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -43,7 +46,10 @@ class Flags(HfArgumentParser):
 
     group = None
 
-    def add_argument(self, *names, group="", low=None, **options):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists every flag")
+
+    def add_argument(self, *names, group="", low=None, high=None, **options):
         if group:
             self.group = self.add_argument_group(group)
         return (self.group or super()).add_argument(*names, **options)
@@ -56,13 +62,21 @@ ADVICE = {
 
 
 def run_main(main: Callable, config_class: type) -> None:
-    """Parse the command line into the config and run. An error prints one line; bad input exits with code 2."""
-    try:
-        flags = Flags(config_class, description="Flags marked * are the ones to change first.")
+    """Parse the command line into the config and run."""
+    with one_line_errors():
+        flags = Flags(config_class, description="Flags marked * are the ones to change first.", allow_abbrev=False)
         config, *_, unknown = flags.parse_args_into_dataclasses(return_remaining_strings=True)
         if unknown:
             raise UserError(f"unknown: {' '.join(unknown)}; --help lists every flag")
-        return main(config)
+        main(config)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """An error prints one line and ends the script, with code 2 if the user can mend it."""
+    try:
+        yield
+        sys.stdout.flush()  # a full disk shows here, or in no handler at all
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -74,13 +88,25 @@ def run_main(main: Callable, config_class: type) -> None:
         sys.exit(code)
 
 
+class Ranged:
+    """A config that refuses numbers outside the ranges that stand beside its flags."""
+
+    def __post_init__(self):
+        for flag in fields(self):
+            value, low = getattr(self, flag.name), flag.metadata["low"]
+            if low is not None and not low <= value <= flag.metadata["high"]:  # this form refuses nan too
+                raise UserError(f"--{flag.name} {value} is out of range: {flag.metadata['help']}")
+
+
 @dataclass
-class SystemConfig:
+class SystemConfig(Ranged):
     """The settings that train.py and eval.py share: the task, the system that solves it, and the reward."""
 
     task: str = setting("tinyworld", "* tinyworld, or a folder with SPLIT.jsonl (and corpus.db)", group="the system")
     engine: Literal["transformers", "vllm"] = setting("transformers", "engine of each model, unless it is a URL")
-    engine_memory: float = setting(0.3, "share of the GPU's memory for each vLLM engine, weights and KV cache", low=0)
+    engine_memory: float = setting(
+        0.3, "share of the GPU's memory for each vLLM engine, weights and KV cache", low=0, high=1
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device; CUDA_VISIBLE_DEVICES chooses among GPUs")
     tools: list[str] = setting(list(TOOLS), "tools on offer, in this order; one of your own is module.function")
     max_turns: int = setting(4, "* turn budget of a question", low=1)
@@ -88,13 +114,7 @@ class SystemConfig:
     result_chars: int = setting(400, "characters of a tool result in the memory; longer ones are cut", low=1)
     temperature: float = setting(1.0, "sampling temperature of the planner, in rollouts, loss and evaluation", low=0)
     reward: str = setting("judge.rules", "module.function of the reward, such as lab.judge_llm.reward")
-    seed: int = setting(0, "* seed of everything random")
-
-    def __post_init__(self):
-        for flag in fields(self):
-            value, low = getattr(self, flag.name), flag.metadata["low"]
-            if low is not None and not low <= value < math.inf:  # this form refuses nan too
-                raise UserError(f"--{flag.name} {value}: must be at least {low}, and finite")
+    seed: int = setting(0, "* seed of everything random", low=0)
 
 
 @dataclass
@@ -125,7 +145,7 @@ def open_system(config: SystemConfig) -> AgentSystem:
         result_chars=config.result_chars,
         tools=tools,
         temperature=config.temperature,
-        reward=find(config.reward, {}),
+        reward=find(config.reward, {}, 3),
     )
 
 
@@ -222,7 +242,8 @@ def planner_folder(path: str) -> str:
 def main(config: EvalConfig) -> None:
     examples = load_examples(config.task, config.split)[: config.questions or None]
     system = open_system(config)
-    Path(config.output or ".").touch()  # a place that cannot be written to shows now
+    if config.output:
+        open(config.output, "a").close()  # a place that cannot be written to shows now
     print(system.sandbox.describe())
     device = best_device(config.device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

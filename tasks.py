@@ -12,6 +12,7 @@ of question, and `kind`, for how answers are compared (a key of `judge.RULES`, o
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -84,7 +85,7 @@ def read_row(row: Any) -> Example:
     if kind not in RULES and not kind.endswith("_judge"):  # so that data cannot call just any function
         raise ValueError(f"the kind must be one of {', '.join(RULES)}, or module.name_judge, not {kind!r}")
     try:
-        find(kind, RULES)
+        find(kind, RULES, 3)
     except UserError as error:
         raise ValueError(str(error)) from None
     if kind == "choice" and (len(answers) != 2 or not re.fullmatch("[A-Z]", answers[0])):
@@ -95,6 +96,8 @@ def read_row(row: Any) -> Example:
 def as_text(answer: Any) -> str:
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ValueError(f"the answer must be a text or a number, or a list of such, not {type(answer).__name__}")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ValueError("the answer is too large a number")
     return str(answer)
 
 
@@ -120,7 +123,9 @@ def read_kept(path: Path, item: Callable[[dict], tuple], mistake: str) -> dict:
     whole = data[: data.rfind(b"\n") + 1]
     try:
         kept = dict(item(json.loads(line)) for line in whole.splitlines())
-    except (ValueError, LookupError, TypeError) as error:
+        if data[len(whole) : len(whole) + 1] not in (b"", b"{"):
+            raise ValueError("its end is none of ours")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} {mistake.format(error=error)}") from None
     if whole != data:
         os.truncate(path, len(whole))  # to write the file anew would put its rows at risk
@@ -129,11 +134,19 @@ def read_kept(path: Path, item: Callable[[dict], tuple], mistake: str) -> dict:
 
 def parse(line: bytes) -> Any:
     try:
-        row = json.loads(line.decode(), parse_constant=refuse)
+        row = json.loads(line.decode(), parse_constant=refuse, object_pairs_hook=once)
         json.dumps(row, ensure_ascii=False).encode()  # refuses a lone surrogate: JSON allows it, tokenizers do not
         return row
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict:
+    """The object with these fields, if no name hides another."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a name stands twice in {', '.join(name for name, _ in pairs)}")
+    return row
 
 
 def refuse(constant: str) -> None:
@@ -193,7 +206,9 @@ def load_corpus(task: str = "tinyworld", needed: bool = True) -> Corpus | None:
         return None
     try:
         corpus = Corpus(str(path), read_only=True)  # so that any number of runs can share it
-        len(corpus)
+        corpus.search("a")
+        if not len(corpus):
+            raise sqlite3.Error("it holds no articles")
         return corpus
     except sqlite3.Error as error:
         advice = f"make it by `python tasks.py index articles.jsonl {path}`, or leave Search out of --tools"
@@ -203,6 +218,8 @@ def load_corpus(task: str = "tinyworld", needed: bool = True) -> Corpus | None:
 def read_article(row: Any) -> tuple[str, str]:
     if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("title", "text")):
         raise ValueError('not {"title": "...", "text": "..."}')
+    if not row["title"].strip() and not row["text"].strip():
+        raise ValueError("title and text are empty")
     return row["title"], row["text"]
 
 
@@ -211,11 +228,15 @@ def index(articles: Path, path: Path) -> int:
     moved there when it is whole, so nobody sees half a corpus."""
     if path.exists() and path.samefile(articles):
         raise UserError(f"{path} is the file of articles itself: name another file for the corpus")
+    if path.exists() and not (path.is_file() and path.read_bytes()[:13] == b"SQLite format"):
+        raise UserError(f"{path} is no corpus: name another file, or remove it")
     partial = Path(f"{path}.partial-{os.getpid()}")
     rows = (at(place, read_article, row) for place, row in read_lines(articles))
     try:
         corpus = Corpus.from_articles(rows, str(partial))
         count = len(corpus)
+        if not count:
+            raise UserError(f"{articles} holds no articles")
         corpus.connection.close()
         partial.replace(path)
         return count
@@ -223,8 +244,15 @@ def index(articles: Path, path: Path) -> int:
         partial.unlink(missing_ok=True)
 
 
+class Parser(argparse.ArgumentParser):
+    """One that says a mistake in one line."""
+
+    def error(self, message: str) -> None:
+        sys.exit(print(f"{self.prog}: {message}; --help says more", file=sys.stderr) or 2)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make the corpus that Search looks into.")
+    parser = Parser(description="Make the corpus that Search looks into.")
     parser.add_argument("command", choices=["index"])
     parser.add_argument("articles", type=Path, help='JSON lines, {"title": "...", "text": "..."} each')
     parser.add_argument("corpus", type=Path, help="file to make, such as my_task/corpus.db")

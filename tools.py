@@ -39,17 +39,24 @@ class UserError(Exception):
     """A user's mistake. Its one line says what to do; the scripts print it and exit with code 2."""
 
 
-def find(name: str, known: dict[str, Callable | str]) -> Callable:
-    """Look a name up among the `known`, else load it as module.function, such as lab.web.Web_Search."""
+def find(name: str, known: dict[str, Callable | str], arguments: int = 0) -> Callable:
+    """Look a name up among the `known`, else load it as module.function, such as lab.web.Web_Search. The function must
+    take that many arguments."""
     target = known.get(name, name)
     if callable(target):
         return target
     module, _, function = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, ValueError, AttributeError) as error:
+        target = getattr(importlib.import_module(module), function)
+        inspect.signature(target).bind_partial(*range(arguments))
+        return target
+    except Exception as error:  # anything can be wrong in a module
         there = ", ".join([*known, "any module.function"])
-        raise UserError(f"there is no {name} ({error}): use {there}") from None
+        raise UserError(f"there is no {name} that works ({one_line(error)}): use {there}") from None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or repr(error)
 
 
 @dataclass
@@ -95,7 +102,10 @@ TOOLS = {tool.__name__: tool for tool in (Base_Generator, Python_Coder, Search)}
 
 def find_tools(names: list[str]) -> dict[str, Callable]:
     """The tools of `--tools`, by the names that the planner uses."""
-    return {tool.__name__: tool for tool in (find(name, TOOLS) for name in names)}
+    tools = {tool.__name__: tool for tool in (find(name, TOOLS, 1) for name in names)}
+    if len(tools) < len(names) or not all(inspect.iscoroutinefunction(t) and t.__doc__ for t in tools.values()):
+        raise UserError(f"--tools {' '.join(names)}: each must be an async function with a docstring, named once")
+    return tools
 
 
 # --- from a model's text to a call ------------------------------------------------------------------------------------

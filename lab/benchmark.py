@@ -37,6 +37,7 @@ from sandbox import Sandbox
 from tasks import Corpus, Example, append, load_examples, read_kept
 from tinyworld.world import World
 from tools import ToolEnv, UserError
+from train import whole
 
 
 @dataclass
@@ -111,6 +112,12 @@ def write_answer(t: Trajectory) -> dict:
     """What `read_answer` reads: no turns, as the token ids of thousands of prompts would fill the memory."""
     steps = [asdict(step) for step in t.memory.steps]
     return dict(answer=t.answer, tokens=t.tokens, analysis=t.memory.analysis, steps=steps)
+
+
+def kept_answer(row: dict) -> tuple[tuple, dict]:
+    """(key, row) of a kept answer that can be read."""
+    read_answer(row)
+    return tuple(row[name] for name in KEY), row
 
 
 def read_answer(row: dict) -> Trajectory:
@@ -217,9 +224,11 @@ def trained_with(path: str, config: BenchmarkConfig) -> str:
     if all are the same."""
     if planner_folder(path) == path:
         return ""
-    trained = json.loads((Path(path) / "config.json").read_text())
-    trained["frozen_model"] = trained["frozen_model"] or trained["model"]
-    changed = [name for name in OF_TRAINING if trained[name] != getattr(config, name)]
+    file = Path(path) / "config.json"
+    with whole(file):
+        trained = json.loads(file.read_text())
+        trained["frozen_model"] = trained["frozen_model"] or trained["model"]
+        changed = [name for name in OF_TRAINING if trained[name] != getattr(config, name)]
     return " ".join(f"--{name} {as_words(trained[name])}" for name in changed)
 
 
@@ -238,7 +247,13 @@ def main(config: BenchmarkConfig) -> None:
         path = Path(config.output).with_suffix(".answers.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         mistake = "is no file of answers ({error!r}): remove it, or name another --output"
-        kept = read_kept(path, lambda row: (tuple(row[name] for name in KEY), row), mistake)
+        path.open("a").close()  # a place that cannot be written to shows now
+        kept = read_kept(path, kept_answer, mistake)
+    for name in dict.fromkeys(config.planners):
+        if name == "bare:":
+            raise UserError("--planners bare: names no model: write bare:MODEL")
+        if flags := trained_with(name.removeprefix("bare:"), config):
+            print(f"{name} was trained with {flags}; here it is evaluated with other values")
     device = best_device(config.device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
@@ -260,8 +275,6 @@ def main(config: BenchmarkConfig) -> None:
     for name in dict.fromkeys(config.planners):
         folder = name.removeprefix("bare:")
         model = planner_folder(folder)
-        if flags := trained_with(folder, config):
-            print(f"{name} was trained with {flags}; here it is evaluated with other values")
         if model != loaded:
             planner = system = None
             gc.collect()  # frees the last planner before the next is loaded, whatever cycles of references it has

@@ -12,14 +12,12 @@ answer, several, or a list that was written as a text; options as a list, by let
 of 24; instructions for another harness at the end of the question.
 """
 
-import argparse
 import ast
 import csv
 import hashlib
 import json
 import random
 import re
-import sys
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
@@ -32,6 +30,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
 import tasks
+from eval import one_line_errors
 from lab.judges import evaluate_expression
 from tasks import Example, as_text, at, parse, read_lines
 from tools import UserError
@@ -140,10 +139,7 @@ def read_file(path: Path) -> list[Example]:
     rows = read_lines(path)
     if text.lstrip().startswith(b"["):
         rows = ((f"{path}, row {number}", row) for number, row in enumerate(at(str(path), parse, text), start=1))
-    examples = [at(place, read_row, row) for place, row in rows]
-    if not examples:
-        raise UserError(f"{path} holds no questions")
-    return examples
+    return [at(place, read_row, row) for place, row in rows]
 
 
 # --- the paper's data: from published files to splits -----------------------------------------------------------------
@@ -252,6 +248,8 @@ def fetch(source: str, folder: Path) -> Path:
     except RepositoryNotFoundError:  # it is gated, or the token was refused
         page = f"https://huggingface.co/datasets/{repo}"
         raise UserError(f"{repo} is closed to you: accept the terms on {page}, then set HF_TOKEN") from None
+    except (OSError, HTTPError) as error:  # in several lines
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
 
 
 def prepare(task: str, folder: Path) -> None:
@@ -265,12 +263,18 @@ def prepare(task: str, folder: Path) -> None:
             raise UserError(f"{source} arrived damaged (sha256 {found}, not {expected}): give the command again")
         paths.append(path)
     convert = {"mix": mix, "gaia": gaia, "gpqa": gpqa}.get(task, as_the_authors_ran_it)
-    for split, examples in convert(*paths).items():
+    try:
+        splits = convert(*paths)
+    except (ValueError, LookupError, TypeError, AttributeError, csv.Error, pyarrow.ArrowException) as error:
+        raise UserError(f"{task} has an unknown shape ({error!r}): remove {folder / 'downloads'}, try again") from error
+    for split, examples in splits.items():
         write_split(folder / f"{split}.jsonl", examples)
 
 
 def write_split(path: Path, examples: list[Example]) -> None:
     """The file is whole or not there."""
+    if not examples:
+        raise UserError(f"{path} would be empty: the source holds no questions")
     partial = path.with_suffix(".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples]
@@ -281,13 +285,13 @@ def write_split(path: Path, examples: list[Example]) -> None:
 
 def main() -> None:
     names = ", ".join(SOURCES)
-    parser = argparse.ArgumentParser(description="Make a task's folder of the files that benchmarks publish.")
+    parser = tasks.Parser(description="Make a task's folder of the files that benchmarks publish.")
     parser.add_argument("source", help=f"paper's data to fetch ({names}), or JSON file to convert")
     parser.add_argument("folder", type=Path, nargs="?", help="folder of the task; for the paper's data: data/NAME")
     parser.add_argument("--split", choices=["train", "dev", "test"], default="test", help="split that the file becomes")
     arguments = parser.parse_args()
     source, folder = arguments.source, arguments.folder
-    try:
+    with one_line_errors():
         if source in SOURCES:
             prepare(source, folder or Path("data", source))
         elif folder and Path(source).is_file():
@@ -297,9 +301,6 @@ def main() -> None:
             write_split(target, read_file(Path(source)))
         else:
             raise UserError(f"there is no {source}: name one of {names}, or a JSON file and a folder")
-    except (UserError, OSError, HTTPError) as error:
-        print(f"prepare.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qw
 
 import agent
 import tools
-from eval import evaluate, run_main, setting, table
-from llm import Completion, Request, TransformersEngine
+from eval import Ranged, evaluate, run_main, setting, table
+from llm import Completion, Request, TransformersEngine, load_model
 from sandbox import Sandbox
 from tasks import Corpus, load_corpus, load_examples
 from tinyworld import world as w
@@ -39,16 +39,16 @@ TEST_WORLD = 0  # its facts never occur in a pretraining world
 
 
 @dataclass
-class PretrainConfig:
+class PretrainConfig(Ranged):
     out: str = setting("tinyworld/backbone", "folder to write the model to, or to check")
     check: bool = setting(False, "whether to train nothing and only measure the model in --out")
-    from_stage: int = setting(1, "stage to begin with, 1 or 2; the second continues the model in --out")
-    layers: int = setting(3, "layers of the model, at least 2")
-    share: float = setting(1.0, "share of each stage's steps; below 1 the model is worse")
-    rows_per_step: int = setting(64, "prompts with their completions per optimizer step")
-    lr: float = setting(1e-3, "peak learning rate of AdamW, for embeddings, norms and biases")
-    muon_lr: float = setting(0.02, "peak learning rate of Muon, for the matrices of the layers")
-    seed: int = setting(0, "seed of the weights, the worlds and the order of rows")
+    from_stage: int = setting(1, "stage to begin with; the second continues the model in --out", low=1, high=2)
+    layers: int = setting(3, "layers of the model", low=2)
+    share: float = setting(1.0, "share of each stage's steps; below 1 the model is worse", low=0.001, high=100)
+    rows_per_step: int = setting(64, "prompts with their completions per optimizer step", low=4)
+    lr: float = setting(1e-3, "peak learning rate of AdamW, for embeddings, norms and biases", low=0)
+    muon_lr: float = setting(0.02, "peak learning rate of Muon, for the matrices of the layers", low=0)
+    seed: int = setting(0, "seed of the weights, the worlds and the order of rows", low=0)
 
 
 def main(config: PretrainConfig) -> None:
@@ -61,6 +61,7 @@ def make_backbone(config: PretrainConfig) -> None:
     """All stages, from random weights or from the model of the stage before."""
     if config.from_stage == 1:
         new_model(Path(config.out), config.seed, config.layers)
+    load_model(config.out)  # a folder without a model, or with half of one, shows now
     for number in range(config.from_stage - 1, len(STAGES)):
         train_stage(number, config)
 
@@ -376,6 +377,7 @@ def encoder(tokenizer: Any) -> Callable[[str, str], tuple[list[int], int]]:
 
 def new_model(out: Path, seed: int, layers: int) -> None:
     """Write the tokenizer and an untrained model to `out`. The circuit that it begins with takes two layers."""
+    out.mkdir(parents=True, exist_ok=True)  # a file in its place shows now
     build_tokenizer(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     torch.manual_seed(seed)

@@ -7,12 +7,10 @@ script. What a model wrote stays data all the way: JSON in which every `<` is es
 makes text nodes. The page's policy runs no script but that one, known by its hash, and forbids every request.
 """
 
-import argparse
 import json
 import re
-import sys
 from base64 import b64encode
-from collections.abc import Iterable
+from functools import partial
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -20,52 +18,57 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from eval import table
+import tasks
+from eval import one_line_errors, table
 from tools import UserError
+from train import whole
 
 TEMPLATE = Path(__file__).with_name("report.html")
-# What the page reads of a run. Of a group's trajectories, the first five fields are the same.
-SHARED = ("step", "question", "expected", "family", "analysis")
-TRAJECTORY = (*SHARED, "answer", "reward", "advantage", "turns")
-TURN = ("sub_goal", "tool", "command", "result", "verdict", "error", "completion_ids", "logprobs", "ref_logprobs")
-FIGURES = ("accuracy", "interval", "n", "by_family", "turns", "tool_shares", "tool_error_rate", "tokens")
+# What the page reads of a run, and its types. Of a group's trajectories, the first five fields are the same.
+NUMBER = int | float
+CONFIG = dict(model=str, task=str, seed=int, steps=int, questions_per_step=int, group_size=int)
+SHARED = dict(step=int, question=str, expected=str | list, family=str, analysis=str)
+TRAJECTORY = SHARED | dict(answer=str, reward=NUMBER, advantage=NUMBER, turns=list)
+TURN = dict.fromkeys("sub_goal tool command result verdict error".split(), str)
+TURN |= dict.fromkeys("completion_ids logprobs ref_logprobs".split(), list)
+FIGURES = dict.fromkeys("accuracy n turns tool_error_rate".split(), NUMBER)
+FIGURES |= dict(interval=list, by_family=dict, tool_shares=dict, tokens=dict)
 
 
-def check_fields(place: str, data: Any, names: Iterable[str]) -> None:
+def check_fields(place: str, data: Any, types: dict[str, Any]) -> None:
     """`UserError` if `data`, which stands at `place`, is not an object with all these fields."""
-    missing = [name for name in names if not isinstance(data, dict) or name not in data]
-    if missing:
-        raise UserError(f"{place} lacks {', '.join(missing)}: it was not written by this version of train.py")
+    fields = data if isinstance(data, dict) else {}
+    wrong = [name for name, kind in types.items() if not isinstance(fields.get(name), kind)]
+    if wrong:
+        raise UserError(f"{place} lacks valid {', '.join(wrong)}: remove it, or use the code that made the run")
 
 
-def read_json(path: Path, *names: str) -> dict:
+def read_json(path: Path, types: dict[str, Any]) -> dict:
     """A file of a run, which must have these fields."""
-    try:
+    with whole(path):
         data = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error})") from None
-    check_fields(str(path), data, names)
+    check_fields(str(path), data, types)
     return data
 
 
-def read_log(path: Path, *names: str) -> list[dict]:
+def read_log(path: Path, types: dict[str, Any]) -> list[dict]:
     """The records of a log, each with these fields; [] before there is one. A last line that is still being written is
     left out."""
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
             records.append(json.loads(line, parse_constant=lambda name: None))  # browsers know no NaN in JSON
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number} is damaged ({error}): remove that line") from None
-        check_fields(f"{path}:{number}", records[-1], names)
+        check_fields(f"{path}:{number}", records[-1], types)
     return records
 
 
 def read_trajectories(path: Path) -> list[dict]:
-    trajectories = read_log(path, *TRAJECTORY)
-    for trajectory in trajectories:
+    trajectories = read_log(path, TRAJECTORY)
+    for number, trajectory in enumerate(trajectories, start=1):
         for turn in trajectory["turns"]:
-            check_fields(f"a turn in {path}", turn, TURN)
+            check_fields(f"{path}:{number}, a turn,", turn, TURN)
     return trajectories
 
 
@@ -89,10 +92,11 @@ def token_texts(ids: set[int], run: Path, model: str) -> dict[int, str]:
     folder = run / "checkpoint" if (run / "checkpoint").is_dir() else model
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of {folder}: {str(error).splitlines()[0]}") from error
-    # Some tokenizers drop the space of the first token. So each is decoded twice in a row, and the second is taken.
-    once, twice = (tokenizer.batch_decode([[i] * n for i in ids], clean_up_tokenization_spaces=False) for n in (1, 2))
+        # Some tokenizers drop the space of the first token. So each is decoded twice in a row; the second is taken.
+        decode = partial(tokenizer.batch_decode, clean_up_tokenization_spaces=False)
+        once, twice = (decode([[i] * n for i in ids]) for n in (1, 2))
+    except Exception as error:  # the libraries raise nearly every class for what can be wrong with a folder
+        raise UserError(f"cannot read tokens with the tokenizer of {folder}: {str(error) or repr(error)}") from error
     return {i: b[len(a) :] for i, a, b in zip(ids, once, twice)}
 
 
@@ -117,13 +121,13 @@ def make_page(run: Path) -> str:
     """The whole page of a run folder. `UserError` if there is nothing to show, or a file is damaged."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is not the folder of a run: there is no config.json in it")
-    config = read_json(run / "config.json", "model", "steps")
-    groups, metrics = read_groups(run), read_log(run / "metrics.jsonl", "step")
+    config = read_json(run / "config.json", CONFIG)
+    groups, metrics = read_groups(run), read_log(run / "metrics.jsonl", {"step": int})
     if not groups:
         raise UserError(f"{run} holds no trajectories yet: wait for its first step")
     test_table = ""
     if (run / "result.json").is_file():
-        result = read_json(run / "result.json", "before", "after")
+        result = read_json(run / "result.json", {"before": dict, "after": dict})
         for when in ("before", "after"):
             check_fields(f"{run / 'result.json'}, {when}", result[when], FIGURES)
         test_table = table({"before": result["before"], "after": result["after"]})
@@ -146,15 +150,12 @@ def make_page(run: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write RUN/report.html, one page to look into a run.")
+    parser = tasks.Parser(description="Write RUN/report.html, one page to look into a run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of train.py")
     path = parser.parse_args().run / "report.html"
-    try:
+    with one_line_errors():
         path.write_text(make_page(path.parent), encoding="utf-8", newline="\n")
-    except (UserError, OSError) as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser")
+        print(f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser")
 
 
 if __name__ == "__main__":

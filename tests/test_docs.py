@@ -24,7 +24,15 @@ from tasks import load_examples
 from train import Config
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/fork.md", "docs/metrics.md", "docs/paper.md", "recipes/README.md", "tinyworld/README.md"]
+PAGES = [
+    "README.md",
+    "docs/fork.md",
+    "docs/metrics.md",
+    "docs/paper.md",
+    "docs/speedrun.md",
+    "recipes/README.md",
+    "tinyworld/README.md",
+]
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 FORK = TEXTS["docs/fork.md"]
 SMALLER = {  # the same command on less work
@@ -37,6 +45,8 @@ RUN_ELSEWHERE = [  # by tests of their own, or they need a GPU, the network or m
     "python -m lab.pretrain",
     "python -m lab.paper",
     "python -m lab.prepare",
+    "python -m lab.smollm2",
+    "python -m lab.speedrun",
     "python -m lab.bench --shape",
     "python eval.py --task data/",
 ]

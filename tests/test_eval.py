@@ -241,9 +241,9 @@ def command(monkeypatch, capsys):
     "words, line",
     [
         ("--nonsense 1 --foo", "unknown: --nonsense 1 --foo; --help lists every flag"),
-        ("--trials 0", "--trials 0: must be at least 1"),
-        ("--temperature nan", "--temperature nan: must be at least 0"),
-        ("--questions -1", "--questions -1: must be at least 0"),
+        ("--trials 0", "--trials 0 is out of range: answers per question (at least 1)"),
+        ("--temperature nan", "--temperature nan is out of range"),
+        ("--questions -1", "--questions -1 is out of range"),
         ("--task nonsense --tools Base_Generator", "--task nonsense: there is no nonsense/test.jsonl"),
         ("--planners ./nonsense", "cannot load a model from ./nonsense"),
         ("--planners http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1 names no model"),

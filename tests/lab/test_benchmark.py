@@ -250,7 +250,7 @@ def test_a_run_that_was_trained_otherwise_is_named(tmp_path, capsys):
     flags = "--frozen_model Qwen/Qwen2.5-0.5B-Instruct --tools Search Python_Coder --temperature 0.5 --max_turns 3"
     assert f"was trained with {flags}; here" in capsys.readouterr().out
     (tmp_path / "run" / "config.json").unlink()
-    with pytest.raises(OSError, match="config.json"):
+    with pytest.raises(UserError, match="config.json is damaged"):
         run(tmp_path / "eval.json", planners=[str(tmp_path / "run")], questions=1)
     run(tmp_path / "eval.json", questions=1)
     assert "was trained" not in capsys.readouterr().out
@@ -321,23 +321,34 @@ def test_a_judge_is_named_by_reward_and_a_dead_one_loses_no_answer(tmp_path, sum
 @pytest.mark.parametrize(
     "words, line",
     [
-        ("--trials 0", "--trials 0: must be at least 1"),
-        ("--in_flight 0", "--in_flight 0: must be at least 1"),
+        ("--trials 0", "--trials 0 is out of range: "),
+        ("--in_flight 0", "--in_flight 0 is out of range: "),
+        ("--engine_memory nan", "--engine_memory nan is out of range: "),
+        ("--questions -1", "--questions -1 is out of range: "),
         ("--trials 3 --temperature 0", "--trials 3 at --temperature 0 are all the same: sample, or take one trial"),
         ("--tasks tinyworld nonsense", "--task nonsense: there is no nonsense/test.jsonl"),
         ("--planners bare:./nonsense", "cannot load a model from ./nonsense"),
         ("--reward nonsense", "there is no nonsense "),
         ("--output file/eval.json", "[Errno 17] File exists: 'file'"),
         ("--output .", "--output . is a folder: name a file"),
+        ("--output taken.json", "[Errno 21] Is a directory: 'taken.answers.jsonl'"),
+        ("--output full.json --questions 1", "[Errno 28] No space left on device"),
+        ("--tasks empty", "empty/test.jsonl holds no questions"),
+        ("--tasks file", "--task file: there is no file/test.jsonl"),
+        ("--planners run", "run/config.json is damaged (JSONDecodeError("),
         ("--nonsense 1", "unknown: --nonsense 1; --help lists every flag"),
     ],
 )
 def test_bad_input_is_one_line(words, line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("file").write_text("")
+    for folder in ("taken.answers.jsonl", "empty", "run/checkpoint"):
+        Path(folder).mkdir(parents=True)
+    for file in ("file", "empty/test.jsonl", "run/config.json"):
+        Path(file).write_text("")
+    Path("full.json").symlink_to("/dev/full")
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--planners", f"bare:{BACKBONE}", *words.split()])
     with pytest.raises(SystemExit) as stopped:
         evaluation.run_main(benchmark.main, BenchmarkConfig)
     assert stopped.value.code == 2
-    (last,) = capsys.readouterr().err.splitlines()
+    (last,) = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "it/s" not in line]  # bars
     assert last.startswith(f"benchmark.py: {line}")

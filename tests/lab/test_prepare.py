@@ -203,8 +203,6 @@ def test_files_of_both_forms(tmp_path):
         (b'[{"query": "\\ud800", "answer": "Ann"}]', "bench.json: .*surrogates"),
         (b'[{"query": "\xff", "answer": "Ann"}]', "bench.json: .*can't decode"),
         (b"[" * 100_000, "bench.json: it is nested too deeply"),
-        (b"[]", "bench.json holds no questions"),
-        (b"\n", "bench.json holds no questions"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, content, message):
@@ -485,15 +483,42 @@ def test_servers_that_do_not_answer(site, monkeypatch, capsys):
     run(monkeypatch, "amc23")
 
 
+def test_an_error_of_the_hubs_client_is_one_line(site, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise prepare.HTTPError("timed out\n\nTry later.")
+
+    monkeypatch.setattr(prepare, "hf_hub_download", fail)
+    assert "gpqa_diamond.csv: timed out Try later.\n" in refused(monkeypatch, capsys, "gpqa")
+
+
+@pytest.mark.parametrize(
+    "task, files",
+    [
+        ("gaia", [b"PAR1 and no more"]),
+        ("gaia", [parquet([{"question": "Who?"}])]),
+        ("gaia", [parquet([{**GAIA_ROW, "Final answer": ""}])]),
+        ("gpqa", [b"Question,Answer\nWho?,Ann\n"]),
+        ("gpqa", [b"Question,Correct Answer\nWho?\n"]),
+        ("gpqa", [b"\xff"]),
+        ("mix", [b"[1]\n", parquet([]), parquet([])]),
+    ],
+)
+def test_published_files_of_another_shape(site, monkeypatch, capsys, task, files):
+    publish(site, task, *files)
+    assert f"{task} has an unknown shape (" in refused(monkeypatch, capsys, task)
+    assert not list(Path("data", task).glob("*.jsonl"))
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 def test_the_mirror_of_the_environment(site):
-    publish(site, "gpqa", b"Question,Correct Answer\n", known=False)
+    names = ["Question", "Correct Answer", "High-level domain", *(f"Incorrect Answer {n}" for n in (1, 2, 3))]
+    publish(site, "gpqa", f"{','.join(names)}\nWhich?,a,Physics,b,c,d\n".encode(), known=False)
     environment = {**os.environ, "HF_ENDPOINT": site.url, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, "-m", "lab.prepare", "gpqa", Path("gpqa").resolve()]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and "gpqa/test.jsonl: 0 questions" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "") and "gpqa/test.jsonl: 1 questions" in done.stdout
     fetched = [(command, path) for command, path, _ in site.seen if path.startswith("/datasets")]
     [path] = paths_of("gpqa")
     assert fetched == [("HEAD", path), ("GET", path)]
@@ -520,4 +545,13 @@ def test_a_file_of_your_own(tmp_path, monkeypatch, capsys):
     assert "and a folder" in refused(monkeypatch, capsys, "bench.json")
     Path("bench.json").write_text(json.dumps([{"query": "Where?", "answer": ""}]))
     assert "bench.json, row 1: the answer" in refused(monkeypatch, capsys, "bench.json", "mine")
+    for nothing in ("[]", "\n"):
+        Path("bench.json").write_text(nothing)
+        assert "mine/test.jsonl would be empty" in refused(monkeypatch, capsys, "bench.json", "mine")
+    assert "there is no mine: name one of" in refused(monkeypatch, capsys, "mine", "other")
+    Path("bench.json").write_text(json.dumps([{"query": "Where?", "answer": "There"}]))
+    assert "Errno" in refused(monkeypatch, capsys, "bench.json", "bench.json")
+    Path("mine/train.jsonl").unlink()
+    Path("mine/train.jsonl").mkdir()
+    assert "Is a directory" in refused(monkeypatch, capsys, "bench.json", "mine", "--split", "train")
     assert load_examples("mine", "test") == examples

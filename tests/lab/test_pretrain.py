@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import random
 from collections import Counter
 from itertools import islice
@@ -24,6 +25,7 @@ from llm import TransformersEngine
 from sandbox import Sandbox, extract_code
 from tasks import load_corpus, load_examples
 from tinyworld.world import SPLITS, World, ideal_plan
+from tools import UserError
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +84,30 @@ def test_a_backbone_of_two_layers(tmp_path):
     engine = TransformersEngine(tmp_path)
     assert engine.model.config.num_hidden_layers == 2
     assert engine.tokenizer.decode(engine.encode("What is the capital of Zilath?")).startswith("<|user|>What is")
+
+
+@pytest.mark.parametrize(
+    "field, values",
+    [
+        ("from_stage", (0, 3)),
+        ("layers", (1, math.inf)),
+        ("share", (0, -1, math.nan, math.inf)),
+        ("rows_per_step", (0, 3)),
+        ("lr", (-1, math.nan, math.inf)),
+        ("muon_lr", (-1, math.nan, math.inf)),
+        ("seed", (-1,)),
+    ],
+)
+def test_numbers_out_of_range(field, values):
+    for value in values:
+        with pytest.raises(UserError, match=f"--{field} {value} is out of range: "):
+            PretrainConfig(**{field: value})
+
+
+def test_wrong_places_show_before_the_training(tmp_path):
+    """A file in the place of the folder; a folder without a model to continue."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        make_backbone(PretrainConfig(out=str(tmp_path / "file")))
+    with pytest.raises(UserError, match="cannot load a model from"):
+        make_backbone(PretrainConfig(out=str(tmp_path), from_stage=2))

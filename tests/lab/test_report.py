@@ -385,6 +385,45 @@ def test_learning_curves(browser, small):
     assert x[1] - x[0] == pytest.approx(x[2] - x[1]) and float(y) == pytest.approx(170 - 0.4 * 152)
 
 
+LONG_WORD, LONG_TEXT = "W" * 500, "Which of the two was born first? " * 200
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [360, 1280])
+def test_long_texts_stay_in_their_place(browser, tmp_path, plan_ids, width):
+    """A word without a break wraps. A long text folds: it pushes neither columns aside nor the turns of others down."""
+    group = [trajectory(plan_ids, 1), *(trajectory(plan_ids, 0, text=text) for text in (LONG_WORD, LONG_TEXT))]
+    examples = [Example(LONG_WORD, LONG_WORD, LONG_WORD), Example(LONG_TEXT, [LONG_TEXT, LONG_WORD], LONG_TEXT)]
+    run = write_run(tmp_path / LONG_WORD[:200], [(n, example, group) for n, example in enumerate(examples, start=1)])
+    browser.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 500)
+    for fragment in ("", "#q=0", "#q=1"):
+        browser.open(address(run, fragment))
+        assert browser.js("document.documentElement.scrollWidth") <= width
+        wide = (
+            "[...document.querySelectorAll('main:not([hidden]) :is(h1, h2, td, dd, p, select, .wide, table, article)')]"
+        )
+        assert browser.js(f"{wide}.filter((x) => x.scrollWidth > x.clientWidth + 1 && x.clientWidth).length") == 0
+    top = "document.querySelector('article section').getBoundingClientRect().top - document.querySelector('article').{}"
+    assert browser.js(top.format("getBoundingClientRect().top")) < 350
+    assert browser.js("document.querySelector('h2.text').clientHeight") < 300
+    assert browser.js("document.querySelector('#question h2').textContent") == LONG_TEXT  # the whole text is there
+    folded = "document.querySelectorAll('article')[2].querySelector('details')"
+    before = browser.js(f"{folded}.clientHeight")
+    browser.js(f"{folded}.querySelector('summary').click()")
+    assert browser.js(f"{folded}.open") and browser.js(f"{folded}.clientHeight") > 4 * before
+    assert browser.complaints() == []
+    browser.call("Emulation.clearDeviceMetricsOverride")
+
+
+@needs_chromium
+def test_without_metrics_there_are_no_curves(browser, small, tmp_path):
+    run = shutil.copytree(small, tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    browser.open(address(run))
+    assert len(browser.js(ROWS)) == 5 and browser.js("document.getElementById('curves').childElementCount") == 0
+    assert browser.complaints() == []
+
+
 # --- without a browser ------------------------------------------------------------------------------------------------
 
 
@@ -405,22 +444,50 @@ def test_a_run_that_goes_on_or_was_interrupted(small, tmp_path):
     assert '"kl":null' in page and "NaN" not in page
 
 
+def rewrite(run: Path, name: str, **changes) -> None:
+    """Change fields of the second line of a log, or of its second line's first turn."""
+    lines = (run / name).read_text().splitlines()
+    row = json.loads(lines[1])
+    for key, value in changes.items():
+        (row if key in row else row["turns"][0])[key] = value
+    (run / name).write_text("\n".join([lines[0], json.dumps(row), *lines[2:]]) + "\n")
+
+
+def config_of(**changes) -> str:
+    return json.dumps(asdict(Config()) | changes)
+
+
 @pytest.mark.parametrize(
     "spoil, said",
     [
         (lambda run: (run / "config.json").unlink(), "not the folder of a run"),
         (lambda run: [path.unlink() for path in run.glob("*.jsonl")], "no trajectories yet"),
         (lambda run: (run / "rollouts.jsonl").write_text('{"step"\n{}\n'), "rollouts.jsonl:1 is damaged"),
-        (lambda run: (run / "rollouts.jsonl").write_text('{"step": 1}\n'), "rollouts.jsonl:1 lacks question,"),
-        (lambda run: (run / "metrics.jsonl").write_text("5\n"), "metrics.jsonl:1 lacks step"),
-        (lambda run: (run / "result.json").write_text('{"before": {}, "after": {}}'), "before lacks accuracy"),
+        (lambda run: (run / "rollouts.jsonl").write_text('{"step": 1}\n'), "rollouts.jsonl:1 lacks valid question,"),
+        (lambda run: (run / "metrics.jsonl").write_text("5\n"), "metrics.jsonl:1 lacks valid step"),
+        (lambda run: (run / "result.json").write_text('{"before": {}, "after": {}}'), "before lacks valid accuracy"),
         (lambda run: (run / "config.json").write_text('{"seed"'), "config.json is damaged"),
         (lambda run: (run / "result.json").write_text(""), "result.json is damaged"),
-        (lambda run: (run / "config.json").write_text('{"model": "no/such/model", "steps": 3}'), "cannot load"),
+        (lambda run: (run / "config.json").write_text('{"model": "x", "steps": 3}'), "config.json lacks valid task,"),
+        (lambda run: (run / "config.json").write_text(config_of(model="no/such/model")), "cannot read tokens"),
+        (lambda run: (run / "checkpoint").mkdir(), "cannot read tokens with the tokenizer of"),
+        (lambda run: rewrite(run, "rollouts.jsonl", reward=None), "rollouts.jsonl:2 lacks valid reward"),
+        (lambda run: rewrite(run, "rollouts.jsonl", advantage=math.nan), "rollouts.jsonl:2 lacks valid advantage"),
+        (lambda run: rewrite(run, "rollouts.jsonl", turns=5), "rollouts.jsonl:2 lacks valid turns"),
+        (lambda run: rewrite(run, "rollouts.jsonl", turns=[None]), "rollouts.jsonl:2, a turn, lacks valid sub_goal,"),
+        (lambda run: rewrite(run, "rollouts.jsonl", logprobs=None), "rollouts.jsonl:2, a turn, lacks valid logprobs:"),
+        (lambda run: rewrite(run, "rollouts.jsonl", completion_ids=["x"]), "cannot read tokens with the tokenizer of"),
+        (lambda run: rewrite(run, "test_before.jsonl", question=[]), "test_before.jsonl:2 lacks valid question"),
+        (lambda run: rewrite(run, "metrics.jsonl", step="1"), "metrics.jsonl:2 lacks valid step"),
+        (lambda run: (run / "rollouts.jsonl").write_bytes(b"\xff\xfe\n"), "rollouts.jsonl:1 is damaged"),
+        (lambda run: [(run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()], "Is a directory"),
+        (lambda run: (run / "report.html").mkdir(), "Is a directory"),
+        (lambda run: (run / "report.html").symlink_to("/dev/full"), "No space left"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(small, tmp_path, monkeypatch, capsys, spoil, said):
     run = shutil.copytree(small, tmp_path / "run")
+    (run / "report.html").unlink(missing_ok=True)
     spoil(run)
     monkeypatch.setattr(sys, "argv", ["report.py", str(run)])
     with pytest.raises(SystemExit, match="2"):

