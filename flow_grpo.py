@@ -152,8 +152,7 @@ def flow_grpo_loss(
     """-J of Eq. 5 for some rows of a batch: log-probs and mask (B, T), advantages and weights (B,) -> (loss, stats).
 
     Loss and stats are weighted SUMS, with weights from the whole batch. So their sums over micro-batches are the nested
-    means of the batch, however it is split, and gradients add up in the same way. (If you leave rows out, divide the
-    stats by the sum of the weights that you keep.) On the first update old_logprobs = logprobs.detach().
+    means of the batch, however it is split, and gradients add up in the same way.
     """
     mask = mask.bool()
     per_token = [x for x in (old_logprobs, ref_logprobs, sampler_logprobs, mask) if x is not None]
@@ -165,11 +164,10 @@ def flow_grpo_loss(
     def clean(x: Tensor) -> Tensor:  # a pad may hold inf, and 0 * inf is nan, in gradients too: so replace it
         return torch.where(mask, x, 0.0)  # (B, T)
 
-    logprobs, old_logprobs = clean(logprobs), clean(old_logprobs.detach())  # (B, T)
+    logprobs, old_logprobs = clean(logprobs), clean(old_logprobs.detach())
     weights = token_weights(row_weights, mask)  # (B, T), 1/(P G T_i) * 1/|a|: the three means of Eq. 5
     advantages = advantages[:, None]  # (B, 1), the same for each token of the turn: Eq. 7
-    log_ratio = logprobs - old_logprobs  # (B, T)
-    ratio = log_ratio.exp()  # (B, T), Eq. 6
+    ratio = (logprobs - old_logprobs).exp()  # (B, T), Eq. 6; 1 in the first update
     surrogate = ratio * advantages  # (B, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages  # (B, T)
     objective = torch.min(surrogate, clipped)  # (B, T), Eq. 5: a move beyond the clip range gains nothing
@@ -184,7 +182,6 @@ def flow_grpo_loss(
     if ref_logprobs is not None and kl_coef != 0:
         log_ref = clean(ref_logprobs.detach()) - logprobs  # (B, T), log pi_ref / pi
         # E_pi[pi_ref / pi - 1] = 0, so k3 and -log pi_ref / pi have one mean, KL(pi || pi_ref). No k3 is negative.
-        # (Its gradient, (1 - pi_ref / pi) dlog pi, is on average the gradient of KL(pi_ref || pi): it pulls to pi_ref.)
         k3 = log_ref.exp() - log_ref - 1  # (B, T)
         objective = objective - kl_coef * k3  # (B, T)
     loss = -(weights * objective).sum()  # ()
@@ -192,7 +189,7 @@ def flow_grpo_loss(
     with torch.no_grad():
         stats = {
             "kl": (weights * k3).sum(),  # to pi_ref; 0 when it is not computed
-            "ratio": (weights * ratio).sum(),  # 1 in the first update
+            "ratio": (weights * ratio).sum(),
             "clip_fraction": (weights * (clipped < surrogate)).sum(),  # weight of the tokens that the clip holds
             "importance": (weights * importance).sum(),  # mean of the truncated weights; 1 without tis_cap
         }

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 BLOCK = 128  # nodes of a tree whose attention is computed together
 
@@ -60,6 +61,7 @@ def plant(rows: list, model: torch.nn.Module) -> Tree:
         blocks.append((keys.to(model.device), sees[:, keys].to(model.device)))
     tokens, positions = ids[new][None].to(model.device), new.nonzero()[:, 1][None].to(model.device)  # (1, N)
     inputs = {"input_ids": tokens, "position_ids": positions, "tree": blocks}
+    inputs["attention_mask"] = tokens.new_empty(1, 1, 0, 0)  # of four dimensions: the library makes no mask of its own
     return Tree(inputs, nodes[torch.tensor(order).argsort()].to(model.device))
 
 
@@ -86,6 +88,7 @@ def tree_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_
 
 
 AttentionInterface.register("tree", tree_attention)
+AttentionMaskInterface.register("tree", sdpa_mask)  # for all passes without a tree
 
 
 def use_trees(model: Any) -> None:

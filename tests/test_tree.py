@@ -122,6 +122,15 @@ def test_a_model_with_another_attention_gets_plain_rows():
     assert set(plant([[1, 2], [1, 3]], model).inputs) == {"input_ids"}
 
 
+def test_padded_rows_are_masked_as_ever():
+    """Whoever gives the model a batch with a mask, as `generate` does, gets what each row alone gives."""
+    model, row = random_model(), [5, 6, 7, 8]
+    ids, mask = torch.tensor([[9, 9, *row], [1, 2, *row]]), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    padded = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[0, 2:]
+    torch.testing.assert_close(padded, model(input_ids=torch.tensor([row])).logits[0], rtol=1e-5, atol=1e-5)
+
+
 def test_a_saved_model_does_not_remember_its_attention(tmp_path):
     model, tokenizer = load_model(BACKBONE)
     assert model.config._attn_implementation == "tree"
