@@ -69,10 +69,7 @@ class Config(SystemConfig):
     tis_cap: float = setting(0.0, "cap of the importance weights trainer / sampler; 0: no such weights", low=0)
     # the trainer at real size
     micro_batch_tokens: int = setting(
-        2048,
-        "tokens of one forward and backward pass, those that rows share counted once",
-        group="the trainer at real size",
-        low=1,
+        2048, "different tokens of one forward and backward pass", group="the trainer at real size", low=1
     )
     dtype: Literal["auto", "float32", "mixed", "bfloat16"] = setting(
         "auto", "number format; mixed: float32 weights, bfloat16 arithmetic; auto: mixed on cuda, else float32"
@@ -86,7 +83,7 @@ class Config(SystemConfig):
 def main(config: Config) -> None:
     if config.temperature < 0.01:
         raise UserError(
-            f"--temperature {config.temperature}: greedy rollouts are all equal: there is nothing to compare"
+            f"--temperature {config.temperature}: greedy rollouts are equal, so there is nothing to compare"
         )
     run = Path(config.run_dir or f"runs/{Path(config.task).name}-seed{config.seed}")
     train_set, dev_set, test_set = (load_examples(config.task, split) for split in ("train", "dev", "test"))

@@ -17,7 +17,6 @@ import resource
 import shutil
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from agent import Trajectory, Turn
 from eval import open_system, run_main, setting
-from lab.compare import compare
+from lab.compare import compare, medians, seconds_of
 from llm import Lockstep, Request, best_device, open_engine
 from sandbox import Sandbox
 from tasks import load_examples, questions_of_step
@@ -138,7 +137,7 @@ def measure_rollouts(config: BenchConfig, roll_out: Rollout, device: str) -> tup
 
     together()  # warms up
     for _ in range(config.repeats):
-        times.append(seconds(together, device))
+        times.append(seconds_of(together, device))
     trajectories, t_rollout = rolled_out[-1], statistics.median(times)
     written = sum(tokens_written(trajectories) for trajectories in rolled_out[1:])
     per_second = len(trajectories) / t_rollout
@@ -270,18 +269,9 @@ def work_of(policy: Any, batches: list[Batch]) -> tuple[int, int, float]:
 # --- clock and memory -------------------------------------------------------------------------------------------------
 
 
-def seconds(run: Callable[[], Any], device: str) -> float:
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def median(repeats: int, run: Callable[[], Any], device: str) -> float:
     """Median seconds over the repeats, after one run that warms up."""
-    run()
-    return statistics.median(seconds(run, device) for _ in range(repeats))
+    return medians(repeats, device, {"run": run})["run"]
 
 
 def measured_peak(device: str, dtype: torch.dtype) -> float:
@@ -289,7 +279,7 @@ def measured_peak(device: str, dtype: torch.dtype) -> float:
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
+    return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5))
 
 
 def peak_memory_mb() -> float:

@@ -25,16 +25,20 @@ from llm import Request, TransformersEngine
 from tree import has_trees, plant, split_rows
 
 
+def seconds_of(run: Callable[[], Any], device: str) -> float:
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def medians(repeats: int, device: str, jobs: dict[str, Callable]) -> dict[str, float]:
     """Seconds of each job: medians of runs in turn, after one that does not count."""
     times = {name: [] for name in jobs}
     for _ in range(repeats + 1):
         for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds_of(job, device))
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
