@@ -2,8 +2,8 @@
 
 A module is a prompt and a parser, side by side below. The prompts of planner, verifier and generator begin with what a
 question's turns share (instructions, tools, question, analysis) and end with the memory, which only grows.
-Parsers accept what models really write: bold labels, numbering, code fences, trailing chatter. If a parser fails, the
-model's mistake becomes the result of that turn, and the next turn can react to it.
+Parsers accept what models really write: thinking first, JSON, headings, bold labels, code fences, trailing chatter. If
+a parser fails, the model's mistake becomes the result of that turn, and the next turn can react to it.
 
 Only the planner is trained. All other modules go through `env.ask`, a frozen model with the initial weights.
 """
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from judge import rules
 from llm import Completion, Lockstep, Request, derive_seed
-from tools import TOOLS, CommandError, ToolEnv, parse_command, run_tool, tool_metadata
+from tools import TOOLS, CommandError, ToolEnv, find, find_objects, parse_command, reply, run_tool, tool_metadata
 
 # --- what a question leaves behind ------------------------------------------------------------------------------------
 
@@ -126,6 +126,12 @@ Context: the names and numbers that the step needs
 Sub-Goal: what this one step has to achieve
 Tool Name: the name of one tool
 
+An example, in which one of the tools was Weather_Report:
+Justification: The trip to Oslo begins on 3 March, and the weather of that day is not known yet.
+Context: Oslo, 3 March
+Sub-Goal: Find the temperature in Oslo on 3 March
+Tool Name: Weather_Report
+
 Question: {question}
 Analysis: {analysis}
 Steps so far, none at the start:{memory}"""
@@ -142,35 +148,43 @@ class Plan:
     tool: str
 
 
-# Models write a label at the start of a line, perhaps after "3." or "- ", perhaps in bold, in upper or lower case.
 _LABEL = re.compile(
-    r"^[ \t>#*\-]*+(?:\d+[.)][ \t]*)?[*_`]*"
-    r"(justification|context|sub[- _]?goal|tool[- _]?name|tool)[*_`]*[ \t]*:[*_`]*[ \t]*",
-    re.IGNORECASE | re.MULTILINE,
+    r"""(?imx)
+    (?: ^ (?:[^\w\n]|_)*+ (?:(?:step[ ])?\d+(?:[^\w\n]|_)++)?  # at the start of a line, after marks and a number; or
+      | (?<=[.;,][ ]) (?=[\w -]+:) | (?<=>)<? )  # within a line, after a sentence or a tag
+    (justification | context | sub[\W_]?goal | tool[\W_]?name | tool)
+    (?: (?:[^\w\n]|_)*? (?: [:：=>|] | (?<!context) (?:[.] | [ ][-–—])[ ] )  # marks and a colon or the like; or
+      | (?:[^\w\n]|_)* $ )"""  # nothing: it is a heading, with the value on the next line
 )
 
 
 def parse_plan(text: str, tools: Iterable[str] = TOOLS) -> Plan:
-    """Read the labelled lines. If a label appears twice, the last one counts. Raises `PlanError`."""
+    """Read the labelled lines or the JSON object. If a label appears twice, the last one counts. Raises `PlanError`."""
+    text = reply(text)
     parts = _LABEL.split(text)  # [before, label, value, label, value, ...]
-    fields = {re.sub(r"[- _]|name", "", label.lower()): value for label, value in zip(parts[1::2], parts[2::2])}
+    said = list(zip(parts[1::2], parts[2::2]))
+    for found in find_objects(text):
+        if "goal" in str([*found]).lower():  # another object may be part of a value
+            said += found.items()
+    fields = {re.sub(r"[\W_]|name", "", str(label).lower()): str(value or "") for label, value in said}
     tool = _tool_name(fields.get("tool", ""), tools)
-    sub_goal = " ".join(_strip_markup(fields.get("subgoal", "")).split())
+    context, sub_goal = (" ".join(_strip_markup(fields.get(key, "")).split()) for key in ("context", "subgoal"))
     if not sub_goal:
         raise PlanError("The plan has no Sub-Goal line.")
     if not tool:
         raise PlanError("The plan has no Tool Name line.")
-    return Plan(" ".join(_strip_markup(fields.get("context", "")).split()), sub_goal, tool)
+    return Plan(context, sub_goal, tool)
 
 
 def _strip_markup(value: str) -> str:
-    """Drop code fences and the bold or quote marks around a value."""
-    return re.sub(r"^```.*$", "", value, flags=re.MULTILINE).strip().strip("*`_ \t\n")
+    """Drop code fences, lines without a word, bullets, closing tags, and the bold or quote marks around a value."""
+    value = re.sub(r"(?m)^```.*$|^[^\w\n]+$|^[ \t]*[-•>][ ]|</[\w -]+>", "", value).strip("*`_|, \t\r\n")
+    return re.sub(r"""(?s)^(["'])((?:(?!\1).)*)\1[,}\s]*$""", r"\2", value)
 
 
 def _tool_name(value: str, tools: Iterable[str]) -> str:
     """The known tool that the first line begins with, even if chatter follows; else the unknown name itself."""
-    line = re.sub(r"^\W+", "", _strip_markup(value).split("\n")[0])
+    line = re.sub(r"(?i)^\W*(?:(?:.*\buse(?: the)?|tool|name)\b\W*)*", "", _strip_markup(value).split("\n")[0])
     for known in sorted(tools, key=len, reverse=True):  # long names first: Search would hide Search_News
         if re.match(known.replace("_", "[ _-]") + r"(_tool)?\b", line, re.IGNORECASE):
             return known
@@ -224,12 +238,22 @@ Analysis: {analysis}
 Steps so far:{memory}"""
 
 
+_DOUBT = re.compile(
+    r"(?i)n['’]t\b|\b(?:not?|cannot|continue|false|null|would|if|once|then|until|unless|but|only|too|early|premature|"
+    r"missing|needs|requires|mistake|unclear)\b"
+)
+
+
 def parse_verdict(text: str) -> str:
-    """STOP if the last conclusion (or a text without one) begins with that word and does not name CONTINUE too. In
-    doubt the question goes on: one more turn costs little, but a wrong stop costs the answer."""
-    verdict = re.split("conclusion", text, flags=re.IGNORECASE)[-1]
-    stop = re.match(r"\W*STOP\b(?!.*\bCONTINUE\b)", verdict, re.IGNORECASE)
-    return "STOP" if stop else "CONTINUE"
+    """STOP if the last verdict (the whole text, if it has no such label) says so, with no word of doubt before it or in
+    its own clause. In doubt the question goes on: one more turn costs little, but a wrong stop costs the answer."""
+    said = reply(text).strip()
+    verdict = re.split(r"(?i)(?<!/)conclusion|verdict|decision|(?=stop_signal|stop signal)", said)[-1]
+    if alone := re.search(r"\n\W*(STOP|CONTINUE)\W*$", said):  # a last line with nothing but the word
+        verdict = alone[1]
+    before, *after = re.split(r"(?i)(?<![a-z])stop(?!p|\W*\?)", verdict, maxsplit=1)
+    clause = re.split(r"(?i)[.;\n]|because|since|,(?! *(?:once|if|until|unless|but))", "".join(after))[0]
+    return "STOP" if after and not _DOUBT.search(f"{before} {clause}") else "CONTINUE"
 
 
 # --- generator (frozen) -----------------------------------------------------------------------------------------------
@@ -243,10 +267,26 @@ Analysis: {analysis}
 Steps so far:{memory}"""
 
 
+# Where an answer stands, the surest place first: in tags, in a box (with up to three levels of braces inside it), in a
+# last line such as **Final Answer:** Paris, or below such a heading.
+_ANSWERS = [
+    r"(?is)<answer>(.*?)(?:</answer>|$)",
+    r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}",
+    r"(?im)^[#>*_ \t-]*(?:the )?(?:(?:final|correct) )?answer(?: is)?\**[:\n]\**[>\s]*(\*\*.*|.*?)(?:\*\*)?\Z",
+]
+
+
 def parse_answer(text: str) -> str:
-    """The text in the last pair of answer tags. Without tags the answer is empty and earns nothing."""
-    answers = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.IGNORECASE | re.DOTALL)
-    return answers[-1].strip() if answers else ""
+    """The text in the last pair of answer tags, else in the last box, else in a last line labelled as the answer.
+    Without any of these the answer is empty and earns nothing.
+
+    A policy cannot exploit that there are several forms. The generator is frozen, so no gradient drives it to find a
+    gap, and `judge.rule_judge` compares the whole answer whichever form it came in.
+    """
+    for pattern in _ANSWERS:
+        if answers := re.findall(pattern, reply(text).strip()):
+            return answers[-1].strip()
+    return ""
 
 
 # --- Algorithm 1 of the paper -----------------------------------------------------------------------------------------
@@ -359,3 +399,7 @@ class AgentSystem:
         trajectory = await self.solve(question, planner, env, self.max_turns, self.result_chars)
         trajectory.tokens = tokens
         return trajectory
+
+
+if __name__ == "__main__":  # python agent.py "a question" shows how the system thinks about it
+    find("lab.ask.run", {})()

@@ -13,6 +13,7 @@ beside the memory limit; at the weaker two, that a sleeping program outlives a t
 that `nobody` sees what lies beside a Python below /root. The sandbox is made for a model that errs, not for an enemy.
 """
 
+import ast
 import asyncio
 import contextlib
 import fcntl
@@ -24,26 +25,55 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+UNREADABLE = (SyntaxError, ValueError, TypeError, LookupError, RecursionError, MemoryError)  # what a bad text raises
+
+
+def reply(text: str) -> str:
+    """What a model says once it has thought. Thinking that never ends leaves nothing of what follows it."""
+    said = re.split(r"(?i)</think(?:ing)?>", text)[-1]
+    return re.split(r"(?i)<think(?:ing)?>", said)[0]
+
+
+def parse(code: str, mode: str = "eval") -> Any:
+    """The syntax tree of a model's expression, or of its statements if the mode is exec. Nothing runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about "\d" in a model's string, which nobody here can mend
+        return ast.parse(code.strip(), mode=mode).body
 
 
 def extract_code(text: str) -> str:
-    """The last block fenced as Python (a model corrects itself further down), else the first fenced one (a second is
-    often sample output), else the whole text. A fence that is never closed ends with the text."""
-    tagged, blocks = [], []
-    for piece in re.split("`{3,}", text)[1::2]:  # every other piece stands between two fences
-        first_line, newline, code = piece.partition("\n")
-        if newline:
-            blocks.append(code)
-            if re.match(r"[ \t]*(python3?|py)\b", first_line, re.IGNORECASE):
-                tagged.append(code)
-    if tagged:
-        text = tagged[-1]
-    elif blocks:
-        text = blocks[0]
-    return textwrap.dedent(text).strip()
+    """The whole text if it is Python. Else the last block fenced as Python or in <code> tags (a model corrects itself
+    further down), the last one after a line `Code:`, the first one (a second is often sample output), or the text.
+
+    A program may hold a fence in a string. So a block ends at the last fence, or the end of the text, up to which it
+    is valid Python; a block that never is ends at the next fence.
+    """
+    text = textwrap.dedent(reply(text)).strip()
+    with contextlib.suppress(*UNREADABLE):
+        parse(text, "exec")
+        return text
+    fence = r"(?m)(?:`{3,}|^~{3,})[^`\n]*\n|`{3,}python |`{3,}|^~{3,}|<code>(?!\s*`)|</code>"
+    fences = list(re.finditer(fence, text))[:40]  # a flood of fences would take too long
+    best, code = -1, re.split(r"(?im)^[^\w\n#]*(?:code|here .*):\W*$", text)[-1]
+    while fences:
+        opening, *fences = fences
+        ends, last = [*(fence.start() for fence in fences), len(text)], 0
+        for i, end in enumerate(ends):
+            with contextlib.suppress(*UNREADABLE):
+                parse(textwrap.dedent(text[opening.end() : end]), "exec")
+                last = i
+        tagged = re.match(r"(?i)[`~]+[ \t]*(python3?|py)\b|<code", opening[0])
+        rank = 2 if tagged else 1 if re.search(r"(?im)^\W*code\W*\Z", text[: opening.start()]) else 0
+        if opening[0].endswith(("\n", " ", "<code>")) and (rank > best or rank == best > 0):
+            best, code = rank, text[opening.end() : ends[last]]
+        fences = fences[last + 1 :]
+    return textwrap.dedent(code).strip()
 
 
 ENVIRONMENT = {"TMPDIR": "."}  # all that a program inherits

@@ -10,14 +10,14 @@ import ast
 import contextlib
 import importlib
 import inspect
+import itertools
 import json
 import re
-import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sandbox import Failure, extract_code
+from sandbox import UNREADABLE, Failure, extract_code, parse, reply
 
 BASE_GENERATOR_PROMPT = """\
 Answer the query from your own knowledge. Be brief and exact. If you do not know, say that you do not know.
@@ -32,6 +32,7 @@ Query: {query}"""
 
 SEARCH_CHARS = 2000  # limit per article: a long one would crowd the memory
 MAX_COMMAND_CHARS = 8000
+STRAIGHT = str.maketrans("“”„`‘’", '""""\'\'')  # quotes as Python writes them
 SIMPLE_TYPES = (str, int, float, bool, list, dict)  # types that `read_call` checks; it ignores other annotations
 
 
@@ -142,42 +143,80 @@ class CommandError(ValueError):
 
 def parse_command(text: str, tools: dict[str, Callable] = TOOLS) -> Command:
     """Find the first well-formed call of a tool in the model's text. Python parses the text and never runs it."""
+    text = reply(text)
     if len(text) > MAX_COMMAND_CHARS:
         raise CommandError(f"the command is longer than {MAX_COMMAND_CHARS} characters")
-    errors = []
-    starts = list(re.finditer(rf"(?<![\w.])(?:{'|'.join(tools)})\s*\(", text))
-    for start in starts[:8]:  # chatter may name a tool before the call
+    names, problem = "|".join(tools), None
+    # A tool's name and then its arguments as an object: <function=Search>{...}, Search({...}), Action Input: {...}
+    named = rf"(?<![\w.])({names})\W*(?:(?:json|Action Input)\W*)?(\{{[^{{}}]*\}})"
+    objects = find_objects(re.sub(named, r'{"name": "\1", "arguments": \2}', text))
+    text = "\n".join([text, *map(object_as_call, objects)])
+    starts = re.finditer(rf"(?<![\w.])(?:{names})\s*\(", text)
+    for start in itertools.islice(starts, 8):  # chatter may name a tool before the call
         try:
-            return read_call(shortest_call(text[start.start() :]), tools)
+            return read_call(shortest(text[start.start() :], r"\)"), tools, text[: start.start()])
         except CommandError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
-    raise CommandError(f"no tool call found; write one call of {', '.join(tools)}, with all its arguments")
+            problem = problem or error
+    raise problem or CommandError(f"no tool call found; write one call of {', '.join(tools)}, with all its arguments")
 
 
-def shortest_call(text: str) -> ast.Call:
-    """Parse the call that the text begins with: the shortest piece that ends with a bracket and is valid Python."""
-    for bracket in list(re.finditer(r"\)", text))[:500]:  # a flood of brackets would take too long
-        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about "\d" in a model's string, which nobody here can mend
-            return ast.parse(text[: bracket.end()], mode="eval").body
+def find_objects(text: str) -> Iterator[dict]:
+    """The JSON objects and Python dicts in a text. What one of them holds comes after it."""
+    for brace in list(re.finditer("{", text))[:20]:  # a flood of braces would take too long
+        piece = text[brace.start() :]
+        with contextlib.suppress(*UNREADABLE):
+            try:
+                yield json.JSONDecoder(strict=False).raw_decode(piece)[0]
+            except ValueError:
+                yield dict(ast.literal_eval(shortest(piece, "}")))
+
+
+def object_as_call(said: dict) -> str:
+    """The call that a tool-call object stands for: {"name": ..., "arguments": {...}}, as Qwen and Llama write it."""
+    name, arguments = (
+        next((said.pop(key) for key in [*said] if re.fullmatch(keys, str(key))), said)  # they may stand beside the name
+        for keys in ("name|tool|tool_name|function|action", "arguments|parameters|args|(tool_|action_)?input")
+    )
+    arguments = next(find_objects(str(arguments)), {"input": arguments})  # OpenAI's are JSON in a string
+    return str(Command(name, arguments))
+
+
+def shortest(text: str, bracket: str) -> ast.expr:
+    """Parse what the text begins with: the shortest piece that ends with the bracket and is valid Python."""
+    for spelling in (text, text.translate(STRAIGHT)):
+        for end in list(re.finditer(bracket, spelling))[:100]:  # a flood of brackets would take too long
+            with contextlib.suppress(*UNREADABLE):
+                return parse(spelling[: end.end()])
     raise CommandError(f"{text[:80]!r} is not a valid call")
 
 
-def read_call(call: ast.Call, tools: dict[str, Callable]) -> Command:
-    """Make a `Command`. Raises `CommandError` if an argument is no literal value or does not fit the tool."""
+def literal(node: ast.expr, before: str) -> Any:
+    """The value of a literal, of strings joined by plus signs, or of a name bound to these in a line before."""
+    match node:
+        case ast.Name(name):
+            bound = re.findall(rf"(?m)^[ \t]*{name}\s*(?::\s*\w+\s*)?=(.+?)[ ;]*$", before)
+            return literal(parse(bound[-1]), "")
+        case ast.BinOp(left, ast.Add(), right):
+            return "".join([literal(left, before), literal(right, before)])
+    return ast.literal_eval(node)
+
+
+def read_call(call: ast.Call, tools: dict[str, Callable], before: str) -> Command:
+    """Make a `Command`. Raises `CommandError` if an argument is no literal value or does not fit the tool. A single
+    argument under a name that the tool does not know becomes its first one."""
     name = call.func.id
     signature = signature_of(tools[name])
     try:
-        args = [ast.literal_eval(argument) for argument in call.args]
-        kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        args = [literal(argument, before) for argument in call.args]
+        kwargs = {keyword.arg: literal(keyword.value, before) for keyword in call.keywords}
         json.dumps([args, kwargs], ensure_ascii=False).encode()  # refuses bytes, sets and lone surrogates
-    except (ValueError, TypeError, RecursionError, MemoryError):
+    except UNREADABLE:
         raise CommandError(f'the arguments of {name} must be literal values, such as "text" or 3') from None
     try:
         if len(kwargs) < len(call.keywords):
             raise TypeError("an argument is given twice")
+        if not args and len(kwargs) == 1 and set(kwargs).isdisjoint(signature.parameters):
+            args, kwargs = kwargs.values(), {}
         arguments = signature.bind(*args, **kwargs).arguments
         for key, value in arguments.items():
             wanted = signature.parameters[key].annotation
