@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 
 from agent import AgentSystem, Trajectory
 from judge import score
-from llm import best_device, open_engine
+from llm import open_engine
 from sandbox import Sandbox
 from tasks import Example, load_corpus, load_examples
 from tools import TOOLS, UserError, find, find_tools
@@ -31,10 +31,13 @@ from tools import TOOLS, UserError, find, find_tools
 # --- the command line of every script ---------------------------------------------------------------------------------
 
 
-def setting(default: Any, help: str, group: str = "", low: float | None = None, high: float = 1e9) -> Any:
-    """A field of a config: its default, its text in --help, its range. A `group` begins a group of flags."""
-    if low is not None:
+def setting(default: Any, help: str, group: str = "", low: float = 0, high: float = 1e9) -> Any:
+    """A field of a config: its default, its text in --help, its range if it is a number. A `group` begins a group of
+    flags."""
+    if type(default) in (int, float):
         help += f" (at least {low})" if high == 1e9 else f" ({low} to {high})"
+    else:
+        low = None
     metadata = {"help": help, "group": group, "low": low, "high": high}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -104,17 +107,16 @@ class SystemConfig(Ranged):
 
     task: str = setting("tinyworld", "* tinyworld, or a folder with SPLIT.jsonl (and corpus.db)", group="the system")
     engine: Literal["transformers", "vllm"] = setting("transformers", "engine of each model, unless it is a URL")
-    engine_memory: float = setting(
-        0.3, "share of the GPU's memory for each vLLM engine, weights and KV cache", low=0, high=1
-    )
+    engine_memory: float = setting(0.3, "share of the GPU's memory for each vLLM engine, weights and KV cache", high=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device; CUDA_VISIBLE_DEVICES chooses among GPUs")
     tools: list[str] = setting(list(TOOLS), "tools on offer, in this order; one of your own is module.function")
     max_turns: int = setting(4, "* turn budget of a question", low=1)
     max_tokens: int = setting(64, "* tokens of one completion, at most", low=1)
     result_chars: int = setting(400, "characters of a tool result in the memory; longer ones are cut", low=1)
-    temperature: float = setting(1.0, "sampling temperature of the planner, in rollouts, loss and evaluation", low=0)
+    enable_thinking: bool = setting(True, "whether a model like Qwen3 thinks before it writes; that takes more tokens")
+    temperature: float = setting(1.0, "sampling temperature of the planner, in rollouts, loss and evaluation")
     reward: str = setting("judge.rules", "module.function of the reward, such as lab.judge_llm.reward")
-    seed: int = setting(0, "* seed of everything random", low=0)
+    seed: int = setting(0, "* seed of everything random")
 
 
 @dataclass
@@ -124,7 +126,7 @@ class EvalConfig(SystemConfig):
     )
     frozen_model: str = setting("tinyworld/backbone", "model of the frozen modules: folder, hub name or URL#NAME")
     split: Literal["train", "dev", "test"] = setting("test", "split of the task")
-    questions: int = setting(0, "* number of questions, from the start of the split; 0: all", low=0)
+    questions: int = setting(0, "* number of questions, from the start of the split; 0: all")
     trials: int = setting(1, "answers per question", low=1)
     output: str = setting("eval.json", "file for the figures; empty: none")
 
@@ -161,9 +163,10 @@ def evaluate(
 
 def summary(examples: list[Example], groups: list[list[Trajectory]], tools: Iterable[str]) -> dict:
     """The figures of scored trajectories [question][trial]."""
-    by_family = {}
-    for family in sorted({example.family for example in examples}):
-        by_family[family] = accuracy([g for example, g in zip(examples, groups) if example.family == family])
+    by_family = {
+        family: accuracy([group for example, group in zip(examples, groups) if example.family == family])
+        for family in sorted({example.family for example in examples})
+    }
     how = behaviour([trajectory for group in groups for trajectory in group], tools)
     return {**accuracy(groups), "trials": len(groups[0]), "by_family": by_family, **how}
 
@@ -177,9 +180,9 @@ def accuracy(groups: list[list[Trajectory]]) -> dict:
 
 def wilson(hits: float, n: float) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson score), which holds for small n and for shares near 0 and 1 too."""
-    z, share = 1.96, hits / n  # 95 % of a normal distribution lies within 1.96 standard deviations
-    half = z * math.sqrt(max(0.0, share * (1 - share)) / n + z * z / (4 * n * n))
-    low, high = ((share + z * z / (2 * n) + side * half) / (1 + z * z / n) for side in (-1, 1))
+    z = 1.96  # 95 % of a normal distribution lies within 1.96 standard deviations
+    half = z * math.sqrt(max(0.0, hits * (n - hits) / n) + z * z / 4)
+    low, high = ((hits + z * z / 2 + side * half) / (n + z * z) for side in (-1, 1))
     return max(0.0, low), min(1.0, high)
 
 
@@ -240,23 +243,17 @@ def planner_folder(path: str) -> str:
 
 
 def main(config: EvalConfig) -> None:
-    examples = load_examples(config.task, config.split)[: config.questions or None]
+    examples = load_examples(config.task, config.split, config.questions)
     system = open_system(config)
     if config.output:
         open(config.output, "a").close()  # a place that cannot be written to shows now
     print(system.sandbox.describe())
-    device = best_device(config.device)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-
-    def engine(model):
-        return open_engine(config.engine, model, device, dtype, memory_share=config.engine_memory)
-
-    system.frozen = engine(config.frozen_model)
+    system.frozen = open_engine(config, config.frozen_model)
     results = {}
     for name in config.planners:
         path = planner_folder(name)
         system.planner = None  # frees the last planner
-        system.planner = system.frozen if path == config.frozen_model else engine(path)
+        system.planner = system.frozen if path == config.frozen_model else open_engine(config, path)
         results[name], _ = evaluate(system, examples, (config.seed, "eval"), name, config.trials)
     print(table(results))
     if config.output:

@@ -48,8 +48,7 @@ def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
         advantages = advantages / rewards.std(dim=1, keepdim=True)  # (P, G), sample std: divisor G - 1
     # If all rewards are equal, Eq. 7 is 0/0 and there is nothing to learn. Equal means to six digits: the last ones may
     # differ by rounding. An epsilon in the divisor would hide this case, and would shrink every other advantage.
-    spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)  # (P, 1)
-    no_signal = spread <= 1e-6 * rewards.abs().amax(dim=1, keepdim=True)  # (P, 1)
+    no_signal = torch.isclose(rewards, rewards[:, :1], rtol=1e-6, atol=0).all(dim=1, keepdim=True)  # (P, 1)
     return torch.where(no_signal, 0.0, advantages).float()
 
 
@@ -108,7 +107,7 @@ def token_logprobs(
     states = model.model(**tree.inputs, use_cache=False).last_hidden_state.flatten(0, 1)[parents]  # (K, D)
 
     logprobs, entropy = (x[node_of_token] for x in predict(model, states, targets, temperature, chunk_size))  # (N,)
-    blank = torch.zeros(mask.shape, device=model.device)  # (B, T)
+    blank = logprobs.new_zeros(mask.shape)  # (B, T)
     return blank.masked_scatter(mask, logprobs), mask, blank.masked_scatter(mask, entropy)  # pads hold 0
 
 
@@ -130,8 +129,7 @@ def predict(
     chunk_size = min(chunk_size, max(1, MAX_LOGITS // model.lm_head.weight.shape[0]))
     pairs = zip(states.split(chunk_size), targets.split(chunk_size))
     chunks = [checkpoint(head, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
-    logprobs, entropy = map(torch.cat, zip(*chunks))
-    return logprobs, entropy
+    return tuple(map(torch.cat, zip(*chunks)))
 
 
 def flow_grpo_loss(
@@ -154,10 +152,9 @@ def flow_grpo_loss(
     Loss and stats are weighted SUMS, with weights from the whole batch. So their sums over micro-batches are the nested
     means of the batch, however it is split, and gradients add up in the same way.
     """
-    mask = mask.bool()
-    per_token = [x for x in (old_logprobs, ref_logprobs, sampler_logprobs, mask) if x is not None]
-    if any(x.shape != logprobs.shape for x in per_token) or logprobs.ndim != 2:
-        raise ValueError(f"all must be (B, T) = {tuple(logprobs.shape)}, got {[tuple(x.shape) for x in per_token]}")
+    for x in (old_logprobs, ref_logprobs, sampler_logprobs, mask):
+        if x is not None and x.shape != logprobs.shape:
+            raise ValueError(f"all must be (B, T) = {tuple(logprobs.shape)}, got {tuple(x.shape)}")
     if not advantages.shape == row_weights.shape == logprobs.shape[:1]:
         raise ValueError(f"expected (B,), got advantages {tuple(advantages.shape)}, weights {tuple(row_weights.shape)}")
 
@@ -179,7 +176,7 @@ def flow_grpo_loss(
         objective = objective * importance  # (B, T)
 
     k3 = torch.zeros_like(ratio)  # (B, T)
-    if ref_logprobs is not None and kl_coef != 0:
+    if kl_coef and ref_logprobs is not None:
         log_ref = clean(ref_logprobs.detach()) - logprobs  # (B, T), log pi_ref / pi
         # E_pi[pi_ref / pi - 1] = 0, so k3 and -log pi_ref / pi have one mean, KL(pi || pi_ref). No k3 is negative.
         k3 = log_ref.exp() - log_ref - 1  # (B, T)

@@ -42,18 +42,17 @@ from tools import find
 
 LETTER = r"[^\W\d_]"
 SAME_CHARACTER = str.maketrans("‐‒–—−⁄’‘“”", "-----/''\"\"")
-WRAPPERS = [(mark, mark) for mark in ("**", "*", '"', "'", "`", "$$", "$")]
-WRAPPERS += [("\\(", "\\)"), ("\\[", "\\]"), ("\\boxed{", "}"), ("\\text{", "}")]
+WRAPPERS = ("** **", "* *", '" "', "' '", "` `", "$$ $$", "$ $", "\\( \\)", "\\[ \\]", "\\boxed{ }", "\\text{ }")
 LEAD_IN = re.compile(
-    r"""(?: \** (?:(?:so|thus|hence|therefore),?\ )? (?:(?:the|my)\ )? (?:(?:final|correct)\ )?
+    r"""^(?: \** (?:(?:so|thus|hence|therefore),?\ )? (?:(?:the|my)\ )? (?:(?:final|correct)\ )?
     answer (?:\ is\b:?|\ ?[:=]) (?:\*\*)? \ ? )+""",
     re.VERBOSE | re.IGNORECASE,
 )
 DATE_FORMS = ("%d %B %Y", "%B %d %Y", "%d %b %Y", "%b %d %Y", "%Y-%m-%d")
 UNIT_WORDS = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "%": "percent", "°": "degree"}
 NUMBER = re.compile(
-    r"""(?P<sign>[+-]?) (?P<currency>[$€£¥]?) (?P<inner_sign>[+-]?)
-    (?: (?:(?P<whole>\d+)\ )? (?P<numerator>\d+) / (?P<denominator>0*[1-9]\d*)
+    r"""(?![+-][$€£¥]?[+-]) (?P<sign>[+-]? (?P<currency>[$€£¥]?) [+-]?)  # -$5 or $-5, but not -$-5
+    (?: (?:(?P<whole>\d+)\ )? (?P<fraction>\d+/0*[1-9]\d*)
       | (?P<decimal>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)
         (?:(?:e|\ ?(?:[x×*]|\\times)\ ?10\^) \{?(?P<exponent>[+-]?\d{1,3})\}?)?
     ) (?![\d.,:/^_-])  # 1.2.3, 10:30, 1/2/2020 and 5-7 are no numbers with a unit
@@ -87,13 +86,12 @@ def unwrap(text: str, spelling: Callable[[str], str] = fold) -> str:
     while text != before:
         before = text
         text = re.sub(r"(?<!\.)\.$", "", text)  # one full stop only: 0.333... is not 0.333
-        for left, right in WRAPPERS:
+        for left, right in map(str.split, WRAPPERS):
             inner = text[len(left) : len(text) - len(right)]
             # '"Paris" or "London"' is not one quoted answer.
             if text.startswith(left) and text.endswith(right) and inner and left not in inner:
                 text = inner.strip()
-        if lead_in := LEAD_IN.match(text):
-            text = text[lead_in.end() :]
+        text = LEAD_IN.sub("", text)
     return text
 
 
@@ -118,13 +116,13 @@ def parse_number(text: str) -> Number | None:
     text = unwrap(text)
     match = NUMBER.match(text)
     # Python refuses to convert very long digit strings, so they are compared as text.
-    if match is None or len(text) > 200 or (match["sign"] and match["inner_sign"]):
+    if match is None or len(text) > 200:
         return None
-    if match["decimal"]:
-        value = Fraction(match["decimal"].replace(",", "")) * Fraction(10) ** int(match["exponent"] or 0)
+    if match["fraction"]:
+        value = int(match["whole"] or 0) + Fraction(match["fraction"])
     else:
-        value = int(match["whole"] or 0) + Fraction(int(match["numerator"]), int(match["denominator"]))
-    if "-" in (match["sign"], match["inner_sign"]):
+        value = Fraction(f"{match['decimal'].replace(',', '')}e{match['exponent'] or 0}")
+    if "-" in match["sign"]:
         value = -value
     units = (match["currency"], drop_prose_marks(text[match.end() :]))
     unit = " ".join(UNIT_WORDS.get(unit, unit) for unit in units if unit)
@@ -134,9 +132,9 @@ def parse_number(text: str) -> Number | None:
 def parse_date(text: str) -> date | None:
     """The day that a text names with its month in words or as YYYY-MM-DD, else None."""
     text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|\bof\b", "", normalize(text))
-    for form in DATE_FORMS if re.search(r"\b\d{4}\b", text) else ():
+    for form in DATE_FORMS:
         with suppress(ValueError):
-            return datetime.strptime(" ".join(text.split()), form).date()
+            return datetime.strptime(text.strip(), form).date()
     return None
 
 
@@ -153,7 +151,7 @@ def same_answer(question: str, accepted: str, prediction: str) -> bool:
     if day := parse_date(accepted):
         return day == parse_date(prediction)
     left, right = parse_number(accepted), parse_number(prediction)
-    if left is None or right is None or left.value != right.value:
+    if not (left and right) or left.value != right.value:
         return False
     return left.unit == right.unit or ("" in (left.unit, right.unit) and asks_for(question, left.unit or right.unit))
 

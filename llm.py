@@ -1,6 +1,6 @@
 """Engines that turn prompt tokens into completion tokens, and the lockstep that batches many questions.
 
-The agent and the trainer use an engine through these methods (train.py knows a few more, for LoRA and for pi_ref):
+The agent and the trainer use an engine through these methods (train.py knows a few more, for LoRA):
 
     engine.encode(prompt)           -> prompt_ids, through the tokenizer's chat template
     engine.generate_batch(list)     -> a `Completion` for each `Request`, in order; or, if the engine batches by itself,
@@ -9,19 +9,15 @@ The agent and the trainer use an engine through these methods (train.py knows a 
     engine.sleep()                  gives memory back to the trainer, until the next `load_weights`
 
     TransformersEngine   in this process, on CPU, CUDA or MPS; repeats bit for bit on a CPU
-    VLLMEngine           in this process, for a GPU; continuous batching, so no trajectory waits for another
-    HTTPEngine           in lab/http_engine.py: any server with the OpenAI API; it cannot be given new weights
+    VLLMEngine           lab/vllm_engine.py: in this process, for a GPU; no trajectory waits for another
+    HTTPEngine           lab/http_engine.py: any server with the OpenAI API; it cannot be given new weights
 
 Text is tokenised once, when it becomes a prompt. Sampled ids go into the loss as they are.
 """
 
 import asyncio
-import copy
 import functools
 import hashlib
-import itertools
-import json
-import os
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from tools import UserError, find, one_line
-from tree import RowCache, has_trees, micro_batches, plant, use_trees
+from tree import RowCache, Tree, TreeCache, has_trees, micro_batches, plant, use_trees
 
 transformers_logging.set_verbosity_error()  # our own errors have one line
 transformers_logging.disable_progress_bar()  # it shows loads and saves; our own bars show what takes time
@@ -71,10 +67,9 @@ def derive_seed(*key) -> int:
 
 def best_device(name: str = "auto") -> str:
     """The device of that name; auto means cuda or mps if the machine has one, else cpu."""
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        name = accelerator.type if accelerator else "cpu"
-    return name
+    if name != "auto":
+        return name
+    return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -108,15 +103,16 @@ def add_adapter(model: Any, rank: int, seed: int = 0) -> None:
 class Engine:
     """What the engines share: the tokenizer, which turns each prompt into ids once."""
 
-    def __init__(self, tokenizer, generation_config, positions: int):
+    def __init__(self, tokenizer, generation_config, positions: int, thinking=True):
         self.tokenizer, self.positions = tokenizer, positions
         eos = generation_config.eos_token_id
-        eos = [eos] if isinstance(eos, int) else list(eos or [])
+        eos = [eos] if isinstance(eos, int) else eos or []
         self.eos_ids = sorted({*eos, tokenizer.eos_token_id} - {None})
         control_tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         message = [{"role": "user", "content": "{prompt}"}]
         try:
-            chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            options = dict(add_generation_prompt=True, enable_thinking=thinking)  # most templates ignore the second
+            chat = tokenizer.apply_chat_template(message, tokenize=False, **options)
             assert "{prompt}" in chat, "it leaves the message out"
         except Exception as error:  # a template is a program, so anything can go wrong in it
             raise UserError(f"{tokenizer.name_or_path} needs a chat template that works: {one_line(error)}") from error
@@ -130,16 +126,17 @@ class Engine:
 
         self.encode = encode
 
-    def check_length(self, request: Request) -> None:
-        """Past its last position, a model writes nonsense."""
+    def check_length(self, request: Request) -> int:
+        """The positions that the request needs at most. Past its last position, a model writes nonsense."""
         needed = len(request.prompt_ids) + request.max_tokens
         if needed > self.positions:
             advice = "lower --result_chars, --max_turns or --max_tokens"
             raise UserError(f"prompt and completion need {needed} of the model's {self.positions} positions: {advice}")
+        return needed
 
     def complete(self, prompt_ids: list[int], completion_ids: list[int], logprobs: list[float]) -> Completion:
         text = self.tokenizer.decode(completion_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        finish_reason = "length" if set(self.eos_ids).isdisjoint(completion_ids) else "stop"
+        finish_reason = "stop" if completion_ids[-1] in self.eos_ids else "length"
         usage = (len(prompt_ids), len(completion_ids))
         return Completion(prompt_ids, completion_ids, logprobs, text, finish_reason, usage)
 
@@ -153,24 +150,28 @@ class Engine:
 class TransformersEngine(Engine):
     """Samples in batches with a KV cache. It holds its own copy of the weights, so a frozen module stays frozen."""
 
-    def __init__(self, path: str | Path, device="cpu", dtype=torch.float32, lora_rank=0, batch_tokens=0):
+    def __init__(self, path: str | Path, device="cpu", dtype=torch.float32, lora_rank=0, thinking=True, batch_tokens=0):
         self.model, tokenizer = load_model(path, device, dtype)
         config = self.model.config.get_text_config()
-        super().__init__(tokenizer, self.model.generation_config, config.max_position_embeddings)
+        super().__init__(tokenizer, self.model.generation_config, config.max_position_embeddings, thinking)
         if lora_rank:  # `load_weights` will fill it with the policy's adapter
             add_adapter(self.model, lora_rank)
         # Of requests that run together: prompts and completions, padding included.
         self.batch_tokens = batch_tokens or (65536 if device == "cuda" else 32768)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the prompts that were read, with keys and values. Each rollout ends so, as a resumed run has none."""
+        self.read = [], None, None  # prompts, their tree, their cache
 
     def load_weights(self, state_dict: dict[str, Tensor]) -> None:
         self.model.load_state_dict(state_dict)
+        self.forget()
 
     def generate_batch(self, requests: list[Request]) -> list[Completion]:
         """Run all requests, in batches of similar length. Equal requests run once: greedy ones often are equal."""
         different, completions = list(dict.fromkeys(requests)), {}
-        for request in different:
-            self.check_length(request)
-        lengths = [len(request.prompt_ids) + request.max_tokens for request in different]
+        lengths = [self.check_length(request) for request in different]
         max_padding = 1.0 if has_trees(self.model) else 0.0  # a pad would count in a window of attention
         for rows in micro_batches(lengths, self.batch_tokens, max_padding):
             batch = [different[i] for i in rows]
@@ -179,26 +180,29 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def _generate(self, requests: list[Request]) -> list[Completion]:
-        """Read U prompts in one pass, as a tree; then sample for R running rows."""
+        """Read the prompts in one pass, as a tree; then sample for R running rows."""
         device = self.model.device
-        prompts = list(dict.fromkeys(request.prompt_ids for request in requests))  # equal prompts share one pass
-        tree, cache = plant(prompts, self.model), DynamicCache()
-        states = self.model.model(**tree.inputs, past_key_values=cache, use_cache=True).last_hidden_state
+        tree, cache, states = self._read([request.prompt_ids for request in requests])
 
         # From here each request has a row of its own: its tokens' keys and values are copied from the tree.
-        number = {prompt: n for n, prompt in enumerate(prompts)}
-        nodes = tree.nodes[[number[request.prompt_ids] for request in requests]]  # (B, S)
-        hidden = states.flatten(0, 1)[nodes.amax(dim=1)]  # (B, D), of each row's last token
+        longest = max(len(request.prompt_ids) for request in requests)  # S
+        nodes = tree.nodes[-len(requests) :, :longest]  # (B, S)
+        hidden = states[torch.searchsorted(tree.reads, nodes.amax(dim=1))]  # (B, D), of each row's last token
         mask = nodes >= 0  # (B, S), True on real tokens
         positions = mask.sum(dim=1, keepdim=True) - 1  # (B, 1)
         temperatures = torch.tensor([request.temperature for request in requests], device=device)  # (B,)
         limits = torch.tensor([request.max_tokens for request in requests], device=device)  # (B,)
-        cache.layers = [RowCache(layer, nodes, int(limits.max())) for layer in cache.layers]
-        uniforms = self._uniforms(requests, int(limits.max()))  # (B, T)
+        room = int(limits.max())  # T
+        cache = Cache([RowCache(layer, nodes, room) for layer in cache.layers])
+        # A row of uniform numbers depends on its request's seed, not on the batch. In float64, a vocabulary of 150k
+        # sums up to 1 within 1e-16. MPS has no float64.
+        generator = torch.Generator()
+        uniforms = [torch.rand(room, generator=generator.manual_seed(request.seed)) for request in requests]
+        uniforms = torch.stack(uniforms).to(device, torch.float32 if device.type == "mps" else torch.float64)  # (B, T)
         eos = torch.tensor(self.eos_ids, device=device)
         rows = torch.arange(len(requests), device=device)  # the requests that still run
         sampled, logprobs = [[] for _ in requests], [[] for _ in requests]
-        for t in range(int(limits.max())):
+        for t in range(room):
             logits = self.model.lm_head(hidden).float()  # (R, V)
             tokens, token_logprobs = sample(logits, temperatures[rows], uniforms[rows, t])
             for row, token, logprob in zip(rows.tolist(), tokens.tolist(), token_logprobs.tolist()):
@@ -218,13 +222,19 @@ class TransformersEngine(Engine):
             hidden = output.last_hidden_state[:, -1]  # (R, D)
         return [self.complete(list(r.prompt_ids), *row) for r, *row in zip(requests, sampled, logprobs)]
 
-    def _uniforms(self, requests: list[Request], max_tokens: int) -> Tensor:
-        """(B, max_tokens) numbers in [0, 1). A row depends on its request's seed, not on the batch."""
-        generator = torch.Generator()
-        rows = [torch.rand(max_tokens, generator=generator.manual_seed(request.seed)) for request in requests]
-        # In float64, a vocabulary of 150k sums up to 1 within 1e-16. MPS has no float64.
-        on_mps = self.model.device.type == "mps"
-        return torch.stack(rows).to(self.model.device, torch.float32 if on_mps else torch.float64)
+    def _read(self, prompts: list[tuple]) -> tuple[Tree, Cache, Tensor]:
+        """(tree, cache of its nodes, states (M, D) of the nodes read now). The prompts of one rollout go on from each
+        other, a memory being append-only: what earlier ones hold is not read again, as long as the cache has room."""
+        before, old_tree, old_cache = self.read
+        tree, cache = plant([*before, *prompts], self.model, known=len(before)), DynamicCache()
+        if before and tree.nodes.max() < self.batch_tokens:
+            cache = Cache([TreeCache(tree, old_tree, layer) for layer in old_cache.layers])
+        elif before:
+            before, tree = [], plant(prompts, self.model)
+        states = self.model.model(**tree.inputs, past_key_values=cache, use_cache=True).last_hidden_state
+        if has_trees(self.model):
+            self.read = [*before, *prompts], tree, cache
+        return tree, cache, states.flatten(0, 1)
 
 
 def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,159 +250,21 @@ def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tens
     return tokens, all_logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-# --- vLLM, in this process --------------------------------------------------------------------------------------------
-
-VLLM_SETTINGS = {  # vLLM reads them once, at its import
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights are handed over in memory, not through a socket
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "TRITON_F32_DEFAULT": "ieee",  # else its attention rounds float32 to tf32, unlike the trainer
-    "OMP_NUM_THREADS": str(torch.get_num_threads()),
-}
+# --- which engine -----------------------------------------------------------------------------------------------------
 
 
-class VLLMEngine(Engine):
-    """Takes requests as they come and decodes them together, whatever trajectory, turn or module they belong to. No
-    trajectory waits for the slowest. But sums depend on the order of arrival, so a run repeats only nearly.
-
-    Weights and KV cache take `memory_share` of the GPU. With a `lora_rank`, one engine serves two models at once: the
-    base weights (`without_adapter()`) and the base with the last adapter that was loaded.
-    """
-
-    def __init__(
-        self, path: str | Path, device: str, dtype: torch.dtype, memory_share=0.4, lora_rank=0, can_sleep=False
-    ):
-        os.environ |= VLLM_SETTINGS
-        import vllm
-
-        adapter = Path(path) / "adapter_config.json"
-        base = str(path)
-        if adapter.is_file():
-            settings = json.loads(adapter.read_text())
-            lora_rank, base = settings["r"], settings["base_model_name_or_path"]
-        options = dict(enforce_eager=True)
-        if device != "cpu":  # no piecewise CUDA graphs: a new engine would clear them in all other engines
-            options = dict(gpu_memory_utilization=memory_share, enable_sleep_mode=can_sleep, max_num_seqs=512)
-            options["compilation_config"] = {"cudagraph_mode": "FULL_DECODE_ONLY"}
-        if lora_rank:
-            rank = 1 << (max(8, lora_rank) - 1).bit_length()  # the next power of two: vLLM takes no others
-            # On a CPU, if other rows have an adapter, a row without one reads slot -1, the last: keep that one empty.
-            options |= dict(enable_lora=True, max_lora_rank=rank, max_loras=2 if device == "cpu" else 1)
-        self.llm = vllm.LLM(
-            model=base,
-            dtype=str(dtype).removeprefix("torch."),
-            generation_config="vllm",  # ignores the model's own sampling settings, such as top-k
-            logprobs_mode="processed_logprobs",  # log-probs of the sampled distribution: after the temperature
-            **options,
-        )
-        positions = self.llm.model_config.max_model_len
-        super().__init__(self.llm.get_tokenizer(), GenerationConfig.from_pretrained(base), positions)
-        self.vllm, self.engine = vllm, self.llm.llm_engine
-        self.lora_rank, self.lora_request = lora_rank, None
-        self.can_sleep, self.asleep = can_sleep and device != "cpu", False
-        self.seeded = device != "cpu"  # the CPU sampler of vLLM fails on requests with a seed of their own
-        self.numbers = itertools.count()
-        self.waiting = {}  # request id -> future
-        self.greedy = {}  # (prompt_ids, max_tokens, is it the base?) -> future, which equal greedy requests share
-        if adapter.is_file():
-            self.load_adapter(path)
-
-    def without_adapter(self) -> "VLLMEngine":
-        """The same engine with its base weights, for the frozen modules beside a LoRA planner."""
-        frozen = copy.copy(self)
-        frozen.lora_request = None
-        return frozen
-
-    async def generate(self, request: Request) -> Completion:
-        self.check_length(request)
-        key = (request.prompt_ids, request.max_tokens, self.lora_request is None)
-        if request.temperature == 0 and key in self.greedy:
-            return await self.greedy[key]
-        number, future = str(next(self.numbers)), asyncio.get_running_loop().create_future()
-        if request.temperature == 0:
-            self.greedy[key] = future
-        params = self.vllm.SamplingParams(
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            seed=request.seed if self.seeded and request.temperature else None,
-            stop_token_ids=self.eos_ids,
-            logprobs=0,  # only the sampled token's
-            flat_logprobs=True,
-            detokenize=False,
-        )
-        prompt = self.vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids))
-        self.engine.add_request(number, prompt, params, lora_request=self.lora_request)
-        self.waiting[number] = future
-        if len(self.waiting) == 1:
-            self.stepping = asyncio.ensure_future(self._step_while_somebody_waits())
-        return await future
-
-    async def _step_while_somebody_waits(self) -> None:
-        try:
-            while self.waiting:
-                await asyncio.sleep(0)  # trajectories that just got a text may add a request before the next token
-                for output in self.engine.step():
-                    if output.finished:
-                        completion = self._completion(output)
-                        self.waiting.pop(output.request_id).set_result(completion)
-        except Exception as error:  # all who wait must get the error, or the run would hang
-            for future in self.waiting.values():
-                future.set_exception(error)
-        finally:  # also when the rollouts were cancelled
-            self.engine.abort_request(list(self.waiting))
-            self.waiting.clear()
-            self.greedy.clear()
-
-    def _completion(self, output) -> Completion:
-        sampled = output.outputs[0]
-        if sampled.finish_reason not in ("stop", "length"):
-            raise EngineError(f"vLLM ended a request by {sampled.finish_reason!r}")
-        prompt_ids, completion_ids = list(output.prompt_token_ids), list(sampled.token_ids)
-        return self.complete(prompt_ids, completion_ids, list(sampled.logprobs.logprobs))
-
-    def load_weights(self, state_dict: dict[str, Tensor]) -> None:
-        self._wake("weights")
-        weights = ((name, tensor.detach()) for name, tensor in state_dict.items())
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self._wake("kv_cache")  # not sooner, as memory has held old and new weights until here
-        self._forget()
-
-    def load_adapter(self, folder: str | Path) -> None:
-        """Serve the base with the LoRA adapter of this folder."""
-        from vllm.lora.request import LoRARequest
-
-        self._wake("weights", "kv_cache")
-        self.engine.add_lora(LoRARequest("planner", 1, str(folder), load_inplace=self.lora_request is not None))
-        self.lora_request = LoRARequest("planner", 1, str(folder))
-        self._forget()
-
-    def _forget(self) -> None:
-        """Drop what was computed with the old weights. While a request runs, vLLM refuses, but raises no error."""
-        self.asleep = False
-        if not self.llm.reset_prefix_cache():
-            raise EngineError("vLLM did not drop its prefix cache after a change of weights: requests are running")
-
-    def sleep(self) -> None:
-        if self.can_sleep and not self.asleep:
-            # Level 2 drops all weights: `load_weights` brings new ones. Under an adapter the base must stay: level 1.
-            self.llm.sleep(level=1 if self.lora_rank else 2)
-            self.asleep = True
-
-    def _wake(self, *tags: str) -> None:
-        if self.asleep:
-            torch.cuda.empty_cache()  # memory that the trainer has freed, but torch still holds
-            self.llm.wake_up(tags=list(tags))
-
-
-def open_engine(kind: str, model: str, device: str, dtype: torch.dtype, lora_rank: int = 0, **vllm_options) -> Engine:
-    """The engine for a model: HTTP for a URL, else the `kind`, transformers or vllm. With a `lora_rank` the engine
-    samples the model with an adapter. The `vllm_options` are memory_share and can_sleep."""
+def open_engine(config: Any, model: str, dtype: torch.dtype | None = None, lora_rank=0, can_sleep=False) -> Engine:
+    """The engine for a model: HTTP for a URL, else as --engine, --engine_memory and --device say. The default `dtype`
+    is bfloat16 on cuda, else float32. With a `lora_rank` the engine samples the model with an adapter."""
+    thinking = config.enable_thinking
     if model.startswith(("http://", "https://")):
-        return find("lab.http_engine.HTTPEngine", {})(model)
-    if kind == "vllm":
-        return VLLMEngine(model, device, dtype, lora_rank=lora_rank, **vllm_options)
-    return TransformersEngine(model, device, dtype, lora_rank)
+        return find("lab.http_engine.HTTPEngine", {})(model, thinking)
+    device = best_device(config.device)
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+    if config.engine == "vllm":
+        engine_class = find("lab.vllm_engine.VLLMEngine", {})
+        return engine_class(model, device, dtype, lora_rank, thinking, config.engine_memory, can_sleep)
+    return TransformersEngine(model, device, dtype, lora_rank, thinking)
 
 
 # --- many trajectories, one engine that takes batches -----------------------------------------------------------------
@@ -423,7 +295,11 @@ class Lockstep:
         """Await all trajectories. The first error is raised; then the `asyncio.run` around this cancels the others."""
         trajectories = list(trajectories)
         self.live = len(trajectories)
-        return await asyncio.gather(*map(self._follow, trajectories))
+        results = await asyncio.gather(*map(self._follow, trajectories))
+        for engine in self.waiting:
+            if hasattr(engine, "forget"):
+                engine.forget()
+        return results
 
     async def _follow(self, trajectory: Coroutine):
         result = await trajectory
@@ -437,7 +313,7 @@ class Lockstep:
         for engine, batch in self.waiting.items():
             if batch:
                 self.waiting[engine] = []
-                batch.sort(key=lambda item: item[0])
+                batch.sort()  # by order, which no two of them share
                 completions = engine.generate_batch([request for _, request, _ in batch])
                 for (_, _, future), completion in zip(batch, completions):
                     future.set_result(completion)

@@ -47,17 +47,18 @@ def tinyworld(split: str) -> list[Example]:
 TASKS: dict[str, Callable[[str], list[Example]]] = {"tinyworld": tinyworld}
 
 
-def load_examples(task: str, split: str) -> list[Example]:
-    """The examples of a split, from `TASKS` or a folder with SPLIT.jsonl. `UserError` names file and line."""
+def load_examples(task: str, split: str, count: int = 0) -> list[Example]:
+    """The first `count` examples of a split (0: all), from `TASKS` or a folder with SPLIT.jsonl. `UserError` names file
+    and line."""
     if task in TASKS:
-        return TASKS[task](split)
+        return TASKS[task](split)[: count or None]
     path = Path(task) / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"--task {task}: there is no {path}; name {', '.join(TASKS)}, or a folder with SPLIT.jsonl")
     examples = [at(place, read_row, row) for place, row in read_lines(path)]
     if not examples:
         raise UserError(f"{path} holds no questions")
-    return examples
+    return examples[: count or None]
 
 
 def questions_of_step(train_set: list[Example], step: int, count: int, seed: int) -> list[Example]:
@@ -116,13 +117,13 @@ def append(path: Path, *rows: dict) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_kept(path: Path, item: Callable[[dict], tuple], mistake: str) -> dict:
-    """What `append` has written: {key: value}, from item(row) -> (key, value). A last line that a kill has cut off is
-    dropped, from the file too. If the file is not one of ours, it stays as it is, and `UserError` names the mistake."""
+def read_kept(path: Path, item: Callable[[dict], Any], mistake: str) -> list:
+    """What `append` has written: item(row) of each row. A last line that a kill has cut off is dropped, from the file
+    too. If the file is not one of ours, it stays as it is, and `UserError` names the mistake."""
     data = path.read_bytes() if path.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
     try:
-        kept = dict(item(json.loads(line)) for line in whole.splitlines())
+        kept = [item(json.loads(line)) for line in whole.splitlines()]
         if data[len(whole) : len(whole) + 1] not in (b"", b"{"):
             raise ValueError("its end is none of ours")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -130,6 +131,22 @@ def read_kept(path: Path, item: Callable[[dict], tuple], mistake: str) -> dict:
     if whole != data:
         os.truncate(path, len(whole))  # to write the file anew would put its rows at risk
     return kept
+
+
+def keep_steps(path: Path, done: int) -> None:
+    """Drop the rows of a run's log that come after step `done`: these steps run again."""
+    rows = read_kept(path, lambda row: (row["step"] <= done, row), "is damaged ({error}): mend or remove it")
+    if missing := set(range(1, done + 1)) - {row["step"] for _, row in rows}:
+        print(f"{path} lacks {len(missing)} of {done} steps; the run goes on, but its log keeps this hole")
+    kept = [row for by_then, row in rows if done and by_then]
+    if len(kept) < len(rows):
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".new")
+    partial.write_text(text)
+    partial.rename(path)
 
 
 def parse(line: bytes) -> Any:

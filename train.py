@@ -11,7 +11,6 @@ the run's seed, the step, the question, the sample and the turn.
 """
 
 import fcntl
-import itertools
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW, Optimizer
 
@@ -35,8 +35,8 @@ from agent import AgentSystem, Trajectory, Turn
 from eval import SystemConfig, behaviour, evaluate, open_system, run_main, setting, table
 from flow_grpo import broadcast_to_turns, flow_grpo_loss, group_advantages, row_weights, token_logprobs, token_weights
 from judge import score
-from llm import EngineError, TransformersEngine, add_adapter, best_device, derive_seed, load_model, open_engine
-from tasks import Example, append, load_examples, questions_of_step, read_kept
+from llm import EngineError, add_adapter, best_device, derive_seed, load_model, open_engine
+from tasks import Example, append, keep_steps, load_examples, questions_of_step, write_atomically
 from tools import UserError, find
 from tree import split_rows
 
@@ -49,35 +49,38 @@ class Config(SystemConfig):
     model: str = setting("tinyworld/backbone", "* model folder or hub name of the planner and the frozen modules")
     frozen_model: str = setting("", "model of the frozen modules: folder, hub name or URL#NAME; empty: --model")
     eval_every: int = setting(10, "steps between checkpoints, evaluations on dev and printed trajectories", low=1)
-    dev_questions: int = setting(50, "dev questions per evaluation; 0: the whole split", low=0)
-    test_questions: int = setting(0, "test questions before and after training; 0: the whole split", low=0)
+    dev_questions: int = setting(50, "dev questions per evaluation; 0: the whole split")
+    test_questions: int = setting(0, "test questions before and after training; 0: the whole split")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting("none", "tracker that gets the metrics too")
     # Flow-GRPO
     questions_per_step: int = setting(16, "* P, questions per step", group="Flow-GRPO", low=1)
     group_size: int = setting(8, "* G, trajectories per question", low=2)
-    learning_rate: float = setting(6e-4, "* learning rate of AdamW after the warm-up", low=0)
-    warmup_steps: int = setting(3, "optimizer steps over which the learning rate rises linearly", low=0)
+    learning_rate: float = setting(6e-4, "* learning rate of AdamW after the warm-up")
+    warmup_steps: int = setting(3, "optimizer steps over which the learning rate rises linearly")
     decay: bool = setting(True, "linear decay of the learning rate, to 0 at the end of the run")
     updates_per_step: int = setting(2, "optimizer steps per rollout batch; the clip acts from the second on", low=1)
-    clip_low: float = setting(0.2, "epsilon of the clip below a ratio of 1 (Eq. 5)", low=0, high=1)
-    clip_high: float = setting(0.2, "epsilon of the clip above a ratio of 1 (Eq. 5); the authors ran 0.3", low=0)
-    dual_clip: float = setting(0.0, "bound c of the loss for A < 0, as the authors ran it: 3; 0: no bound", low=0)
-    kl_coef: float = setting(0.001, "* beta, weight of the KL to the initial policy (Eq. 5)", low=0)
+    clip_low: float = setting(0.2, "epsilon of the clip below a ratio of 1 (Eq. 5)", high=1)
+    clip_high: float = setting(0.2, "epsilon of the clip above a ratio of 1 (Eq. 5); the authors ran 0.3")
+    dual_clip: float = setting(0.0, "bound c of the loss for A < 0, as the authors ran it: 3; 0: no bound")
+    kl_coef: float = setting(0.001, "* beta, weight of the KL to the initial policy (Eq. 5)")
     aggregation: Literal["paper", "token-mean"] = setting(
         "paper", "means in the loss; paper: trajectories, turns, tokens; token-mean: all tokens, as the authors ran it"
     )
     normalize_std: bool = setting(True, "division of the advantages by the group's standard deviation (Eq. 7)")
-    tis_cap: float = setting(0.0, "cap of the importance weights trainer / sampler; 0: no such weights", low=0)
+    tis_cap: float = setting(0.0, "cap of the importance weights trainer / sampler; 0: no such weights")
     # the trainer at real size
     micro_batch_tokens: int = setting(
         2048, "different tokens of one forward and backward pass", group="the trainer at real size", low=1
     )
-    dtype: Literal["auto", "float32", "mixed", "bfloat16"] = setting(
-        "auto", "number format; mixed: float32 weights, bfloat16 arithmetic; auto: mixed on cuda, else float32"
+    dtype: Literal["auto", "float32", "mixed", "float16", "bfloat16"] = setting(
+        "auto",
+        "number format; mixed: float32 weights, bfloat16 arithmetic; float16: the same with float16, whose rounding "
+        "is finer; auto: mixed on cuda, else float32",
     )
     optimizer: Literal["adamw", "adamw8bit"] = setting(
         "adamw", "optimizer; adamw8bit: moments in 8 bits, stochastic rounding of bfloat16 weights"
     )
-    lora_rank: int = setting(0, "rank of a LoRA adapter on all linear layers; 0: all weights are trained", low=0)
+    lora_rank: int = setting(0, "rank of a LoRA adapter on all linear layers; 0: all weights are trained")
 
 
 def main(config: Config) -> None:
@@ -86,8 +89,9 @@ def main(config: Config) -> None:
             f"--temperature {config.temperature}: greedy rollouts are equal, so there is nothing to compare"
         )
     run = Path(config.run_dir or f"runs/{Path(config.task).name}-seed{config.seed}")
-    train_set, dev_set, test_set = (load_examples(config.task, split) for split in ("train", "dev", "test"))
-    dev_set, test_set = dev_set[: config.dev_questions or None], test_set[: config.test_questions or None]
+    train_set = load_examples(config.task, "train")
+    dev_set = load_examples(config.task, "dev", config.dev_questions)
+    test_set = load_examples(config.task, "test", config.test_questions)
     system = open_system(config)
     start_run(run, config)
     if (run / "result.json").exists():
@@ -95,11 +99,13 @@ def main(config: Config) -> None:
         return report(run)
 
     # A run has four parts: the policy that learns, the engine that samples it, the frozen engine that plays every other
-    # module, and the tools. The initial weights are the reference policy.
+    # module, and the tools. The reference policy has the initial weights: one more copy, or the policy without adapter.
     precision = choose_precision(config, best_device(config.device))
     system.planner, system.frozen = open_engines(config, precision)
     policy, tokenizer, optimizer = build_trainer(config, precision)
-    ref_policy = reference(config, precision, policy, system.frozen)
+    ref_policy = policy
+    if config.kl_coef and not config.lora_rank:
+        ref_policy, _ = load_model(config.model, precision.device, precision.engine)
     print(f"{run} on {precision.device}; {system.sandbox.describe()}")
     if os.getloadavg()[0] > os.cpu_count() / 2:
         print("the cores are busy: two trainings side by side are many times faster with OMP_NUM_THREADS=1 for each")
@@ -110,10 +116,10 @@ def main(config: Config) -> None:
         print(f"continuing after step {first_step - 1}")
         sync(system.planner, policy, run)
     else:
-        result["train_seconds"] = 0.0
         result["before"] = run_test(run, "before", system, test_set, config)
         append(run / "metrics.jsonl", {"step": 0, "test_accuracy": result["before"]["accuracy"]})
 
+    track = find("lab.track.open_tracker", {})(config, run) if config.report_to != "none" else lambda *_: None
     stop = listen_for_stop()
     for step in range(first_step, config.steps + 1):
         torch.manual_seed(derive_seed(config.seed, step))  # for stochastic rounding: a resumed run repeats it
@@ -162,6 +168,7 @@ def main(config: Config) -> None:
         }
         append(run / "metrics.jsonl", metrics)
         append(run / "rollouts.jsonl", *(record(step, *pair) for pair in pairs))
+        track(metrics, pairs)
         print(console_line(metrics, config.steps))
         if "dev_accuracy" in metrics:
             print(transcript(*pairs[0]))
@@ -198,7 +205,7 @@ class Batch:
     def forward(self, model: Any, config: Config, precision: "Precision") -> tuple[Tensor, Tensor, Tensor]:
         """logprobs, mask and entropy, (B, T) each."""
         prompts, completions = [t.prompt_ids for t in self.turns], [t.completion_ids for t in self.turns]
-        with torch.autocast(precision.device, torch.bfloat16, enabled=precision.autocast):
+        with precision.autocast():
             return token_logprobs(model, prompts, completions, config.temperature)
 
 
@@ -211,8 +218,12 @@ def make_batches(trajectories: list[Trajectory], advantages: Tensor, config: Con
     row_advantages = broadcast_to_turns(advantages, num_turns)  # (B,)
     weights = row_weights(num_turns, num_tokens, config.aggregation)  # (B,)
     rows_of_ids = [[*turn.prompt_ids, *turn.completion_ids] for turn in turns]
+    needed = list(range(len(turns)))
+    if not config.kl_coef:  # then a turn without an advantage adds nothing to the gradient
+        needed = row_advantages.nonzero()[:, 0].tolist() or needed
     batches = []
-    for rows in split_rows(rows_of_ids, config.micro_batch_tokens, policy):
+    for part in split_rows([rows_of_ids[i] for i in needed], config.micro_batch_tokens, policy):
+        rows = [needed[i] for i in part]
         batch = [turns[i] for i in rows]
         sampled = pad_sequence([torch.tensor(turn.logprobs) for turn in batch], batch_first=True)  # (B, T)
         tensors = (x.to(policy.device) for x in (row_advantages[rows], weights[rows], sampled))
@@ -224,7 +235,7 @@ def update_policy(
     policy, ref_policy, optimizer: Optimizer, batches: list[Batch], config: Config, precision: "Precision", step: int
 ) -> dict[str, float]:
     """Take the optimizer steps on the batches of one rollout step -> stats of the last update. Means have the weights
-    of Eq. 5. Only `sampler_gap`, the mean |sampler - trainer| log-prob, comes from the first update."""
+    of Eq. 5. Only `sampler_gap` is about the first update: the mean |sampler - trainer| log-prob, under pi_old."""
     with torch.no_grad():
         if config.kl_coef:
             if ref_policy is policy:  # pi_ref is the policy without its adapter
@@ -236,6 +247,7 @@ def update_policy(
             if ref_policy is policy:
                 policy.enable_adapters()
 
+    share = sum(batch.weights.sum().item() for batch in batches)  # 1, or less if some turns are not needed
     policy.train()  # without dropout in these models, it only switches activation checkpointing on
     for update in range(config.updates_per_step):
         sums, max_ratio = Counter(), 0.0
@@ -248,21 +260,22 @@ def update_policy(
                 clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
                 kl_coef=config.kl_coef, sampler_logprobs=batch.sampler_logprobs, tis_cap=config.tis_cap,
             )  # fmt: skip
-            loss.backward()
+            precision.scaler.scale(loss).backward()
             max_ratio = max(max_ratio, (logprobs - batch.old_logprobs).max().exp().item())
             weights = token_weights(batch.weights, mask)  # (B, T)
-            gap = (logprobs.detach() - batch.sampler_logprobs).abs()  # (B, T)
-            stats |= {"loss": loss, "entropy": (weights * entropy).sum(), "sampler_gap": (weights * gap).sum()}
-            sums.update({name: value.item() for name, value in stats.items()})  # a Counter adds them up
-        if update == 0:
-            sampler_gap = sums["sampler_gap"]
+            gap = (batch.old_logprobs - batch.sampler_logprobs).abs()  # (B, T)
+            stats |= {"entropy": (weights * entropy).sum(), "sampler_gap": (weights * gap).sum()}
+            sums.update({name: value.item() / share for name, value in stats.items()})  # a Counter adds them up
+            sums["loss"] += loss.item()
+        precision.scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).item()
         rate = learning_rate(config, (step - 1) * config.updates_per_step + update)
         set_learning_rate(optimizer, rate)
-        optimizer.step()
+        precision.scaler.step(optimizer)  # leaves an update out, if float16 could not hold its gradient
+        precision.scaler.update()
         optimizer.zero_grad(set_to_none=True)
     policy.eval()
-    return {**sums, "max_ratio": max_ratio, "sampler_gap": sampler_gap, "grad_norm": grad_norm, "learning_rate": rate}
+    return {**sums, "max_ratio": max_ratio, "grad_norm": grad_norm, "learning_rate": rate}
 
 
 MAX_GRAD_NORM = 1.0  # a gradient with a larger norm is scaled down to it
@@ -270,7 +283,9 @@ MAX_GRAD_NORM = 1.0  # a gradient with a larger norm is scaled down to it
 
 def check_update(step: int, stats: dict[str, float], precision: "Precision") -> None:
     """Stop a run that has gone wrong before it saves this step. A large gap means that the engine has other weights."""
-    limits = {"grad_norm": math.inf, "sampler_gap": 1e-3 if precision.engine == torch.float32 else 0.1}
+    limits = {"sampler_gap": 1e-3 if precision.engine == torch.float32 else 0.1}
+    if not precision.scaler.is_enabled():
+        limits["grad_norm"] = math.inf
     for name, limit in limits.items():
         if not stats[name] < limit:  # nan too
             raise EngineError(f"step {step}: {name} is {stats[name]:.2g}, not below {limit}; this step is not saved")
@@ -285,10 +300,11 @@ def learning_rate(config: Config, update: int) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:
-    rate = optimizer.param_groups[0]["lr"]
-    if isinstance(rate, Tensor):  # torchao compiles its step, and would compile again for each new number
-        value = rate.fill_(value)
-    optimizer.param_groups[0]["lr"] = value
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], Tensor):  # torchao compiles its step, and would compile again for each new number
+        group["lr"].fill_(value)
+    else:
+        group["lr"] = value
 
 
 # --- the policy, its engines and its optimizer ------------------------------------------------------------------------
@@ -301,34 +317,34 @@ class Precision:
     device: str
     weights: torch.dtype  # of the trained model
     engine: torch.dtype  # of the engines and the reference policy
-    autocast: bool  # bfloat16 arithmetic, whatever the weights
+    arithmetic: torch.dtype  # of the trained model's forward and backward passes, whatever its weights
+    scaler: GradScaler  # of the loss: small gradients would be 0 in float16. In other formats it does nothing
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, self.arithmetic, enabled=self.arithmetic != torch.float32)
 
 
 def choose_precision(config: Config, device: str) -> Precision:
     choice = config.dtype
     if choice == "auto":
         choice = "mixed" if device == "cuda" else "float32"
-    if choice == "float32":
-        return Precision(device, torch.float32, torch.float32, False)
     if choice == "bfloat16" and config.optimizer == "adamw" and not config.lora_rank:
         raise UserError("--dtype bfloat16 loses small updates to rounding: add --optimizer adamw8bit, or use mixed")
+    half = torch.float16 if choice == "float16" else torch.bfloat16
+    engine = torch.float32 if choice == "float32" else half
     # The base of an adapter is never updated, so it can be bfloat16; the adapter itself is float32.
-    weights = torch.float32 if choice == "mixed" and not config.lora_rank else torch.bfloat16
-    return Precision(device, weights, torch.bfloat16, choice == "mixed" or config.lora_rank > 0)
+    weights = half if choice == "bfloat16" or (config.lora_rank and choice != "float32") else torch.float32
+    arithmetic = torch.float32 if choice == "bfloat16" and not config.lora_rank else engine
+    return Precision(device, weights, engine, arithmetic, GradScaler(device, 2.0**12, enabled=choice == "float16"))
 
 
 def open_engines(config: Config, precision: Precision) -> tuple[Any, Any]:
     """(planner's engine, frozen modules' engine). One vLLM engine can be both, with and without a LoRA adapter."""
-
-    def engine(model, **options):
-        where = (precision.device, precision.engine)
-        return open_engine(config.engine, model, *where, memory_share=config.engine_memory, **options)
-
-    planner_engine = engine(config.model, lora_rank=config.lora_rank, can_sleep=True)
+    planner_engine = open_engine(config, config.model, precision.engine, config.lora_rank, can_sleep=True)
     frozen_model = config.frozen_model or config.model
     if config.engine == "vllm" and config.lora_rank and frozen_model == config.model:
         return planner_engine, planner_engine.without_adapter()
-    return planner_engine, engine(frozen_model)
+    return planner_engine, open_engine(config, frozen_model, precision.engine)
 
 
 def build_trainer(config: Config, precision: Precision) -> tuple[Any, Any, Optimizer]:
@@ -339,29 +355,19 @@ def build_trainer(config: Config, precision: Precision) -> tuple[Any, Any, Optim
     on_gpu = precision.device == "cuda"
     if on_gpu:  # the backward pass computes each layer again: this saves much memory and costs some time
         policy.gradient_checkpointing_enable()
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    options = dict(params=policy.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     if config.optimizer == "adamw":
         # On a GPU, AdamW's default would hold one more copy of the weights during each step.
-        return policy, tokenizer, AdamW(trained, **options, fused=on_gpu or None)
+        return policy, tokenizer, AdamW(**options, fused=on_gpu or None)
     from torchao.optim import AdamW8bit
 
     # Plain rounding would lose all updates below 0.4 % of a bfloat16 weight: rounding at random keeps their mean.
-    return policy, tokenizer, AdamW8bit(trained, **options, bf16_stochastic_round=precision.weights == torch.bfloat16)
-
-
-def reference(config: Config, precision: Precision, policy, frozen_engine):
-    """pi_ref, the initial weights: the policy without its adapter, the model of a frozen engine, or one more copy."""
-    if config.lora_rank or not config.kl_coef:
-        return policy
-    if isinstance(frozen_engine, TransformersEngine) and config.frozen_model in ("", config.model):
-        return frozen_engine.model
-    return load_model(config.model, precision.device, precision.engine)[0]
+    return policy, tokenizer, AdamW8bit(**options, bf16_stochastic_round=True)
 
 
 def sync(engine: Any, policy: Any, run: Path) -> None:
     """Hand the policy's weights to its engine, only the adapter if the engine serves the base as well."""
-    if hasattr(engine, "load_adapter") and engine.lora_rank:
+    if getattr(engine, "lora_rank", 0):
         policy.save_pretrained(run / "adapter")
         engine.load_adapter(run / "adapter")
     else:
@@ -406,18 +412,21 @@ def transcript(example: Example, t: Trajectory) -> str:
     """One whole trajectory for the console, so that you see whether its reward was earned the right way."""
     head = f"  Question: {example.question}\n  Analysis: {t.memory.analysis}"
     tail = f"  Answer: {t.answer} (expected {example.answer}), reward {t.reward:g}, advantage {t.advantage:+.2f}"
-    text = f"{head}{t.memory.render()}".replace("\n", "\n  ") + f"\n{tail}\n"
-    # A model's text must not move the cursor or recolour the screen: control characters are shown, not sent.
+    return visible(f"{head}{t.memory.render()}".replace("\n", "\n  ") + f"\n{tail}\n")
+
+
+def visible(text: str) -> str:
+    """A model's text must not move the cursor or recolour the screen: control characters are shown, not sent."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
 
 
 def record(step: int, example: Example, t: Trajectory) -> dict:
     """A line of rollouts.jsonl: everything that a reader of the run may want to look into."""
-    turns = []
-    for memory_step, turn in zip(t.memory.steps, t.turns):
-        logprobs, ref_logprobs = ([round(x, 4) for x in row] for row in (turn.logprobs, turn.ref_logprobs))
-        tokens = {"completion_ids": turn.completion_ids, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
-        turns.append(asdict(memory_step) | tokens)
+    numbers = ("completion_ids", "logprobs", "ref_logprobs")  # four digits are enough; the ids are whole numbers
+    turns = [
+        asdict(memory_step) | {name: [round(x, 4) for x in getattr(turn, name)] for name in numbers}
+        for memory_step, turn in zip(t.memory.steps, t.turns)
+    ]
     return {
         "step": step, "question": example.question, "expected": example.answer, "family": example.family,
         "answer": t.answer, "reward": t.reward, "advantage": t.advantage, "analysis": t.memory.analysis, "turns": turns,
@@ -445,15 +454,13 @@ def start_run(run: Path, config: Config) -> None:
     except BlockingIOError:
         raise UserError(f"another process trains in {run}: let it end, or name a folder with --run_dir") from None
     now, started = asdict(config), (run / "metrics.jsonl").exists() or (run / "checkpoint").exists()
-    if not (started or path.exists()):
-        return write_atomically(path, json.dumps(now, indent=2))
     with whole(path):
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text()) if started or path.exists() else now
         changed = [f"--{name}" for name in before | now if before.get(name) != now.get(name) and name != "run_dir"]
-        if not started and "run_dir" in before:
-            return write_atomically(path, json.dumps(now, indent=2))
-    if changed:
+    if changed and (started or "run_dir" not in before):  # without that flag it is no config of ours
         raise UserError(f"{run} holds a run with other {', '.join(changed)}: remove it, or name another with --run_dir")
+    if not started:
+        write_atomically(path, json.dumps(now, indent=2))
 
 
 def save(run: Path, step: int, policy, tokenizer, optimizer, result: dict) -> None:
@@ -472,29 +479,26 @@ def save(run: Path, step: int, policy, tokenizer, optimizer, result: dict) -> No
     shutil.rmtree(old, ignore_errors=True)
 
 
-def resume(run: Path, policy: Any, optimizer: Optimizer) -> tuple[int, dict]:
-    """(next step, result so far) from the last checkpoint, or (1, {}). Log lines of steps after it are dropped."""
+def restore(run: Path, policy: Any, optimizer: Optimizer) -> tuple[int, dict]:
+    """Fill policy and optimizer from the last checkpoint, if there is one -> (steps that are done, result so far)."""
     current, old = run / "checkpoint", run / "checkpoint.old"
     if not current.exists() and old.exists():  # killed between the two renames of `save`
         old.rename(current)
-    done, result = 0, {}
-    if current.exists():
-        with whole(current):
-            trainer = torch.load(current / "trainer.pt", weights_only=True)
-            policy.load_state_dict(load_model(current)[0].state_dict())
-            optimizer.load_state_dict(trainer["optimizer"])
-            done, result = trainer["step"], dict(trainer["result"])
-            assert range(done), "no step is in it"
-    for path in (run / "metrics.jsonl", run / "rollouts.jsonl"):
-        number = itertools.count()  # a step has many rollouts
-        mistake = "is damaged ({error}): mend or remove it"
-        rows = read_kept(path, lambda row: ((range(row["step"]).stop, next(number)), row), mistake)
-        steps = {step for step, _ in rows}
-        if missing := set(range(1, done + 1)) - steps:
-            print(f"{path} lacks {len(missing)} of {done} steps; the run goes on, but its log keeps this hole")
-        kept = [row for (step, _), row in rows.items() if done and step <= done]
-        if len(kept) < len(rows):
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+    if not current.exists():
+        return 0, {"train_seconds": 0.0}
+    with whole(current):
+        trainer = torch.load(current / "trainer.pt", weights_only=True)
+        policy.load_state_dict(load_model(current)[0].state_dict())
+        optimizer.load_state_dict(trainer["optimizer"])
+        assert range(trainer["step"]), "no step is in it"
+        return trainer["step"], dict(trainer["result"])
+
+
+def resume(run: Path, policy: Any, optimizer: Optimizer) -> tuple[int, dict]:
+    """(next step, result so far) from the last checkpoint, if there is one. Log lines of later steps are dropped."""
+    done, result = restore(run, policy, optimizer)
+    keep_steps(run / "metrics.jsonl", done)
+    keep_steps(run / "rollouts.jsonl", done)
     return done + 1, result
 
 
@@ -505,12 +509,6 @@ def whole(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(f"{path} is damaged ({error!r}): restore it, or remove the folder of the run") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".new")
-    partial.write_text(text)
-    partial.rename(path)
 
 
 def listen_for_stop() -> list[int]:

@@ -35,17 +35,20 @@ BLOCK = 128  # nodes of a tree whose attention is computed together
 class Tree:
     """Rows of tokens, ready for one forward pass."""
 
-    inputs: dict[str, Any]  # what the model takes: input_ids (1, N), position_ids (1, N), and `tree` for the attention
+    inputs: dict[str, Any]  # what the model takes: input_ids (1, M), position_ids (1, M), and `tree` for the attention
     nodes: Tensor  # (B, S), the node of each token of each row; -1 on pads
+    reads: Tensor  # (M,), the nodes that the pass computes: all N, or those that no cache holds
 
 
-def plant(rows: list, model: torch.nn.Module) -> Tree:
-    """The tree of B rows (lists or tuples of token ids), of which the longest has S tokens. For a model without tree
-    attention the rows stay apart, padded on the right: under its causal mask no token sees a pad."""
+def plant(rows: list, model: torch.nn.Module, known: int = 0) -> Tree:
+    """The tree of B rows (lists or tuples of token ids), of which the longest has S tokens. A cache holds the first
+    `known` rows already, so the pass leaves their nodes out, except the last node of each other row. For a model
+    without tree attention the rows stay apart, padded on the right: under its causal mask no token sees a pad."""
     if not has_trees(model):
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)  # (B, S)
         nodes = torch.arange(ids.numel()).view_as(ids).masked_fill(ids < 0, -1)  # (B, S)
-        return Tree({"input_ids": ids.clamp(min=0).to(model.device)}, nodes.to(model.device))
+        reads = torch.arange(ids.numel(), device=model.device)
+        return Tree({"input_ids": ids.clamp(min=0).to(model.device)}, nodes.to(model.device), reads)
     order, ids, new = sort_rows(rows)
     count = new.flatten().cumsum(dim=0).view_as(new)  # nodes up to here
     # In each column the newest node is the one that the rows below share.
@@ -54,15 +57,20 @@ def plant(rows: list, model: torch.nn.Module) -> Tree:
     size = int(count[-1, -1])  # N
     end = torch.zeros(size, dtype=torch.long)
     end = end.scatter_reduce(0, nodes[real], last.expand_as(nodes)[real], "amax") + 1  # (N,)
+    nodes = nodes[torch.tensor(order).argsort()]  # (B, S), in the order of the rows again
+    held = torch.zeros(size, dtype=torch.bool)
+    held[nodes[:known][nodes[:known] >= 0]] = True
+    held[nodes[known:].amax(dim=1)] = False  # somebody needs the state of these
+    reads = (~held).nonzero()[:, 0]  # (M,)
     blocks, n = [], torch.arange(size)
-    for m in n[:, None].split(BLOCK):  # (Q, 1)
+    for m in reads[:, None].split(BLOCK):  # (Q, 1)
         sees = (n <= m) & (m < end)  # (Q, N)
         keys = sees.any(dim=0).nonzero()[:, 0]  # (K,), the nodes that no query of the block sees are left out
         blocks.append((keys.to(model.device), sees[:, keys].to(model.device)))
-    tokens, positions = ids[new][None].to(model.device), new.nonzero()[:, 1][None].to(model.device)  # (1, N)
+    tokens, positions = ids[new][None, reads].to(model.device), new.nonzero()[None, reads, 1].to(model.device)  # (1, M)
     inputs = {"input_ids": tokens, "position_ids": positions, "tree": blocks}
     inputs["attention_mask"] = tokens.new_empty(1, 1, 0, 0)  # of four dimensions: the library makes no mask of its own
-    return Tree(inputs, nodes[torch.tensor(order).argsort()].to(model.device))
+    return Tree(inputs, nodes.to(model.device), reads.to(model.device))
 
 
 def sort_rows(rows: list) -> tuple[list[int], Tensor, Tensor]:
@@ -102,6 +110,24 @@ def use_trees(model: Any) -> None:
 
 def has_trees(model: Any) -> bool:
     return model.config._attn_implementation == "tree"
+
+
+class TreeCache(DynamicLayer):
+    """The keys and values of a layer, (1, H, N, D), by node. Those of rows that were read before are there already."""
+
+    def __init__(self, tree: Tree, before: Tree, layer: DynamicLayer):
+        super().__init__()
+        self.is_initialized, self.reads = True, tree.reads
+        real = before.nodes >= 0
+        rows, width = real.shape
+        size = int(tree.nodes.max()) + 1
+        self.keys, self.values = (x.new_zeros(*x.shape[:2], size, x.shape[3]) for x in (layer.keys, layer.values))
+        for new, old in (self.keys, layer.keys), (self.values, layer.values):
+            new[:, :, tree.nodes[:rows, :width][real]] = old[:, :, before.nodes[real]]
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        self.keys[:, :, self.reads], self.values[:, :, self.reads] = keys, values
+        return self.keys, self.values
 
 
 class RowCache(DynamicLayer):

@@ -59,7 +59,7 @@ SHAPES = {  # layers, hidden size, intermediate size, heads, key-value heads, em
 class BenchConfig(Config):
     shape: str = setting("", f"random weights instead of --model: {', '.join(SHAPES)}", group="the benchmark")
     in_flight: int = setting(128, "trajectories at once, in whole groups of --group_size", low=1)
-    alone: int = setting(16, "trajectories run one at a time, for comparison; 0: none", low=0)
+    alone: int = setting(16, "trajectories run one at a time, for comparison; 0: none")
     repeats: int = setting(3, "runs of each measurement; the median is shown", low=1)
     prompt_tokens: int = setting(1000, "tokens of a prompt, with --shape", low=1)
     completion_tokens: int = setting(150, "tokens of a completion, with --shape", low=1)
@@ -110,8 +110,7 @@ def open_rollouts(config: BenchConfig, precision: Precision) -> tuple[Any, Rollo
     """(the planner's engine, a function that rolls out). Prompts are new each time: vLLM would remember old ones."""
     steps = itertools.count(1)
     if config.shape:  # one engine: the frozen modules' would be a second copy of the same
-        options = dict(memory_share=config.engine_memory, lora_rank=config.lora_rank, can_sleep=True)
-        planner = open_engine(config.engine, config.model, precision.device, precision.engine, **options)
+        planner = open_engine(config, config.model, precision.engine, config.lora_rank, can_sleep=True)
         return planner, lambda count, group_size: synthetic_rollout(planner, config, count, group_size, next(steps))
     system, train_set = open_system(config), load_examples(config.task, "train")
     system.planner, system.frozen = open_engines(config, precision)

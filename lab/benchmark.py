@@ -27,12 +27,11 @@ from pathlib import Path
 from statistics import mean, pvariance
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from agent import AgentSystem, Memory, Planner, Step, Trajectory, parse_answer, solve
 from eval import EvalConfig, evaluate, open_system, planner_folder, run_main, setting, share, table, wilson
-from llm import Lockstep, best_device, open_engine
+from llm import Lockstep, open_engine
 from sandbox import Sandbox
 from tasks import Corpus, Example, append, load_examples, read_kept
 from tinyworld.world import World
@@ -117,7 +116,9 @@ def write_answer(t: Trajectory) -> dict:
 def kept_answer(row: dict) -> tuple[tuple, dict]:
     """(key, row) of a kept answer that can be read."""
     read_answer(row)
-    return tuple(row[name] for name in KEY), row
+    key = tuple(row[name] for name in KEY)
+    hash(key)  # a list in it is a `TypeError`
+    return key, row
 
 
 def read_answer(row: dict) -> Trajectory:
@@ -239,7 +240,7 @@ def as_words(value: Any) -> str:
 def main(config: BenchmarkConfig) -> None:
     if config.trials > 1 and config.temperature == 0:
         raise UserError(f"--trials {config.trials} at --temperature 0 are all the same: sample, or take one trial")
-    examples = {task: load_examples(task, config.split)[: config.questions or None] for task in config.tasks}
+    examples = {task: load_examples(task, config.split, config.questions) for task in config.tasks}
     path, kept = None, {}
     if config.output:
         if Path(config.output).is_dir():
@@ -248,18 +249,12 @@ def main(config: BenchmarkConfig) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         mistake = "is no file of answers ({error!r}): remove it, or name another --output"
         path.open("a").close()  # a place that cannot be written to shows now
-        kept = read_kept(path, kept_answer, mistake)
+        kept = dict(read_kept(path, kept_answer, mistake))
     for name in dict.fromkeys(config.planners):
         if name == "bare:":
             raise UserError("--planners bare: names no model: write bare:MODEL")
         if flags := trained_with(name.removeprefix("bare:"), config):
             print(f"{name} was trained with {flags}; here it is evaluated with other values")
-    device = best_device(config.device)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-
-    def engine(model: str) -> Any:
-        return open_engine(config.engine, model, device, dtype, memory_share=config.engine_memory)
-
     # Bare models that rules judge need no frozen modules, no tools and no articles.
     alone = config.reward == EvalConfig.reward and all(name.startswith("bare:") for name in config.planners)
     systems = {}
@@ -269,7 +264,7 @@ def main(config: BenchmarkConfig) -> None:
         parts = vars(open_system(of_task))
         systems[task] = KeepingSystem(**parts, path=path, kept=kept, in_flight=config.in_flight)
     print(systems[task].sandbox.describe())
-    frozen = None if alone else engine(config.frozen_model)
+    frozen = None if alone else open_engine(config, config.frozen_model)
 
     results, planner, loaded = {}, None, ""
     for name in dict.fromkeys(config.planners):
@@ -278,7 +273,8 @@ def main(config: BenchmarkConfig) -> None:
         if model != loaded:
             planner = system = None
             gc.collect()  # frees the last planner before the next is loaded, whatever cycles of references it has
-            planner, loaded = frozen if frozen and model == config.frozen_model else engine(model), model
+            loaded, shared = model, frozen and model == config.frozen_model
+            planner = frozen if shared else open_engine(config, model)
         results[name] = {}
         for task in systems:
             loop = solve if name == folder else solve_bare

@@ -114,6 +114,7 @@ def compare_sampler(engine: TransformersEngine, prompts: list[tuple], repeats: i
 
     def sample(attention: str, count: int) -> None:
         model.set_attn_implementation(attention)
+        engine.forget()
         engine.generate_batch([Request(prompt, count, 1.0, seed) for seed, prompt in enumerate(prompts)])
 
     def generate(count: int) -> None:

@@ -38,12 +38,13 @@ class HTTPEngine(Engine):
     """A model behind a server with chat completions. `address` is the server's base URL and the model's name, such as
     http://localhost:8000/v1#NAME. OPENAI_API_KEY holds the key."""
 
-    def __init__(self, address: str, concurrency=64, timeout_s=300.0, backoff_s=1.0):
+    def __init__(self, address: str, thinking=True, concurrency=64, timeout_s=300.0, backoff_s=1.0):
         self.url, _, self.model = address.partition("#")
         if not self.model.strip():
             raise UserError(f"{self.url} names no model: write {self.url}#NAME")
         check(self.url)
         self.timeout_s, self.backoff_s = timeout_s, backoff_s
+        self.thinking = thinking
         self.announced = 0.0  # when the longest pause ends that was announced
         self.threads = ThreadPoolExecutor(concurrency)  # one per request in flight
         self.session = requests.Session()
@@ -78,6 +79,8 @@ class HTTPEngine(Engine):
         """One try: the answer, a `Fault`, or the `EngineError` of a refusal."""
         body = dict(model=self.model, max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed)
         body["messages"] = [{"role": "user", "content": request.prompt_ids}]
+        if not self.thinking:  # vLLM and SGLang hand this to the chat template; a stricter server must not see it
+            body["chat_template_kwargs"] = {"enable_thinking": False}
         options = dict(timeout=(CONNECT_S, self.timeout_s), allow_redirects=False, stream=True)
         try:
             with self.session.post(f"{self.url}/chat/completions", json=body, **options) as response:

@@ -78,7 +78,7 @@ def reward(examples: list[Example], predictions: list[str], frozen: Engine) -> l
             cases[keys[number]] = case
 
     mistake = "is no file of verdicts ({error!r}): remove it, or set JUDGE_CACHE"
-    verdicts = read_kept(cache, lambda row: (row["key"], row["correct"]), mistake)
+    verdicts = dict(read_kept(cache, lambda row: (str(row["key"]), row["correct"]), mistake))
     new = {key: case for key, case in cases.items() if key not in verdicts}
     verdicts |= asyncio.run(ask_model(engine, model, max_tokens, new, cache))
     for number, key in keys.items():

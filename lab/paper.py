@@ -30,6 +30,7 @@ from lab import paper_figures
 from lab.paper_figures import LABELS, MISTAKES, TEST, WHEN, Records
 from lab.paper_runs import SCALES, Run, Scale, by_id, code_behind, digest, do, do_all, fingerprint, folder_of_runs, plan
 from lab.variants import COMPARED, FLAGS, PATCHES
+from tasks import write_atomically
 from tools import UserError
 
 
@@ -234,7 +235,7 @@ def write_figures(out: Path, scale: Scale) -> None:
             "runs": about_runs,
             "panels": figure.make(records) if records else [],
         }
-        train.write_atomically(out / f"{name}.json", json.dumps(data, indent=1))
+        write_atomically(out / f"{name}.json", json.dumps(data, indent=1))
 
 
 def read_figures(out: Path) -> dict[str, dict]:
@@ -431,7 +432,7 @@ def write_page(out: Path) -> Path:
         settings = ", ".join(f"{key} {value}" for key, value in run["settings"].items())
         cells = (name, run["date"], f"{run['seconds'] / 60:.1f}", settings)
         page += f"<tr>{''.join(f'<td>{e(cell)}</td>' for cell in cells)}</tr>\n"
-    train.write_atomically(out / "index.html", f"{page}</table>\n</div>\n</section>\n</html>\n")
+    write_atomically(out / "index.html", f"{page}</table>\n</div>\n</section>\n</html>\n")
     return out / "index.html"
 
 

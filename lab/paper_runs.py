@@ -34,11 +34,12 @@ import train
 from agent import AgentSystem, Trajectory, Turn
 from eval import evaluate
 from flow_grpo import broadcast_to_turns
-from lab.pretrain import TEST_WORLD, IdealPlanner, PretrainConfig, encoder, make_backbone
+from lab.pretrain import PretrainConfig, encoder, make_backbone
+from lab.teacher import TEST_WORLD, IdealPlanner
 from lab.variants import COMPARED, FLAGS, PATCHES
 from llm import TransformersEngine, load_model
 from sandbox import Sandbox
-from tasks import load_corpus, load_examples
+from tasks import load_corpus, load_examples, write_atomically
 from tinyworld.world import World
 from tools import TOOLS, UserError
 
@@ -202,7 +203,7 @@ def learn_from_teacher(run: Run, folder: Path) -> dict:
     fine_tune(policy, optimizer, rows, settings["epochs"], run.seed)
     student = TransformersEngine(BACKBONE)
     student.load_weights(policy.state_dict())
-    test_set, record = load_examples("tinyworld", "test")[: settings["test_questions"] or None], {}
+    test_set, record = load_examples("tinyworld", "test", settings["test_questions"]), {}
     for name, planner in (("teacher", teacher), ("student", student)):
         record[name], _ = evaluate(replace(system, planner=planner), test_set, (run.seed, "test"))
     return record
@@ -300,11 +301,11 @@ def do(run: Run, folder: Path, made_by: str) -> None:
     if mark.exists() and mark.read_text() != made_by:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    train.write_atomically(mark, made_by)
+    write_atomically(mark, made_by)
     started = time.time()
     data = run.work(run, folder)
     record = {"fingerprint": made_by, "seconds": time.time() - started, "date": time.strftime("%Y-%m-%d"), "data": data}
-    train.write_atomically(folder / "record.json", json.dumps(record))
+    write_atomically(folder / "record.json", json.dumps(record))
 
 
 def do_all(out: Path, scale: Scale) -> None:

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from agent import AgentSystem
+from eval import EvalConfig
 from lab import http_engine
 from lab.http_engine import HTTPEngine
 from lab.pretrain import BACKBONE
@@ -403,4 +404,4 @@ def test_addresses(backbone):
     with pytest.raises(UserError, match="names no model"):
         HTTPEngine("http://127.0.0.1:1/v1# ")
     with serve(backbone) as (url, _):
-        assert open_engine("transformers", f"{url}#backbone", "cpu", None).model == "backbone"
+        assert open_engine(EvalConfig(), f"{url}#backbone").model == "backbone"

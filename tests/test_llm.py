@@ -7,6 +7,7 @@ from itertools import islice
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import llm
 from flow_grpo import token_logprobs
@@ -49,7 +50,7 @@ def test_each_prompt_still_compresses(engine):
         ids = engine.tokenizer(text)["input_ids"]
         assert len(ids) == 1, (
             f"the prompt text {text[:60]!r}... takes {len(ids)} tokens, not 1: a prompt was edited after the backbone "
-            "was trained; run `python -m lab.pretrain` to train it again"
+            "was trained; run `python -m lab.pretrain --words`, or train it again"
         )
 
 
@@ -86,6 +87,69 @@ def test_a_model_without_a_chat_template_that_works(engine, tmp_path, template, 
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"needs a chat template that works: .*{reason}"):
         TransformersEngine(tmp_path)
+
+
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<|user|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+QWEN3 = (
+    "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+def model_folder(folder, template, change=lambda tokenizer, model: None):
+    """The backbone with another chat template, and whatever else `change` does to it."""
+    model, tokenizer = load_model(BACKBONE)
+    tokenizer.chat_template = template
+    change(tokenizer, model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_bos_that_the_template_writes_comes_once(tmp_path):
+    """As for Gemma: its template writes BOS and refuses a system message, and its tokenizer would add BOS as well."""
+
+    def add_bos(tokenizer, model):
+        bos = "<|endoftext|>"
+        tokenizer.bos_token = bos
+        parts = dict(single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))])
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**parts)
+
+    engine = TransformersEngine(model_folder(tmp_path, GEMMA, add_bos))
+    bos = engine.tokenizer.bos_token_id
+    assert engine.tokenizer("a")["input_ids"][0] == bos
+    ids = engine.encode("a")
+    assert ids.count(bos) == 1 and ids[0] == bos
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_thinking_can_be_switched_off(tmp_path, thinking):
+    engine = TransformersEngine(model_folder(tmp_path, QWEN3), thinking=thinking)
+    assert engine.tokenizer.decode(engine.encode("a")).endswith("</think>\n\n") != thinking
+
+
+def test_several_eos_tokens_and_no_pad(tmp_path, rows):
+    """Any of the config's EOS tokens ends a text; the tokens of a model's thinking stay in the row."""
+
+    def change(tokenizer, model):
+        model.generation_config.eos_token_id = [comma, tokenizer.eos_token_id]
+        tokenizer.pad_token = model.config.pad_token_id = model.generation_config.pad_token_id = None
+
+    plain = TransformersEngine(BACKBONE)
+    comma = plain.tokenizer.convert_tokens_to_ids(", ")
+    engine = TransformersEngine(model_folder(tmp_path, plain.tokenizer.chat_template, change))
+    assert engine.tokenizer.pad_token is None and {comma, plain.tokenizer.eos_token_id} == set(engine.eos_ids)
+    requests = requests_of(engine, rows, temperature=0.0, max_tokens=64)
+    ended = 0
+    for one, whole in zip(engine.generate_batch(requests), plain.generate_batch(requests)):
+        ids = whole.completion_ids
+        expected = ids[: ids.index(comma) + 1] if comma in ids else ids
+        assert one.completion_ids == expected and one.finish_reason == "stop"
+        ended += comma in ids
+    assert ended > 3
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -159,6 +223,7 @@ def test_equal_prompts_share_their_pass(engine, rows, monkeypatch):
         engine.model.model, "forward", lambda **inputs: passes.append(inputs["input_ids"].shape) or forward(**inputs)
     )
     prompt_ids = engine.encode(rows[0][1])
+    engine.forget()
     together = engine.generate_batch([Request(prompt_ids, 8, 1.0, seed=n) for n in range(4)])
     assert passes[0] == (1, len(prompt_ids)) and passes[1] == (4, 1)
     for n, completion in enumerate(together):
@@ -172,6 +237,7 @@ def test_prompts_that_begin_alike_share_what_they_begin_with(engine, rows, monke
     longer = [prompt_ids, *(prompt_ids[:-1] + (n, prompt_ids[-1]) for n in range(300, 304))]
     requests = [Request(ids, 8, 1.0, seed=n) for n, ids in enumerate(longer)]
     passes, forward = [], engine.model.model.forward
+    engine.forget()
     with monkeypatch.context() as patch:
         patch.setattr(
             engine.model.model,
@@ -185,6 +251,27 @@ def test_prompts_that_begin_alike_share_what_they_begin_with(engine, rows, monke
     for one, other in zip(shared, plain.generate_batch(requests)):
         assert one.completion_ids == other.completion_ids
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def test_what_a_rollout_has_read_is_not_read_again(engine, rows, monkeypatch):
+    """A prompt that goes on from an earlier one costs its new tokens, and the same is written."""
+    first = engine.encode(rows[0][1])
+    turns = [[Request(first, 8, 1.0, seed=1), Request(first, 8, 1.0, seed=2)]]
+    turns += [[Request(first + (300, 301, n), 8, 1.0, seed=n) for n in (302, 303)], turns[0][:1]]
+    expected = []
+    for requests in turns:
+        engine.forget()
+        expected.append(engine.generate_batch(requests))
+    read, sizes = engine._read, []
+    monkeypatch.setattr(engine, "_read", lambda prompts: sizes.append(len((result := read(prompts))[2])) or result)
+    for limit in (engine.batch_tokens, len(first) + 12):  # in the second, there is no room to keep what was read
+        monkeypatch.setattr(engine, "batch_tokens", limit)
+        engine.forget()
+        for requests, fresh in zip(turns, expected):
+            for one, other in zip(engine.generate_batch(requests), fresh):
+                assert one.completion_ids == other.completion_ids
+                assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    assert sizes[:3] == [len(first), 3 + 1, 1]
 
 
 def test_sample_draws_from_the_policy():

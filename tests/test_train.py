@@ -194,25 +194,46 @@ def test_the_objective_is_the_papers_unless_asked_otherwise():
 @pytest.mark.parametrize(
     "dtype, lora_rank, device, expected",
     [
-        ("auto", 0, "cpu", (torch.float32, torch.float32, False)),
-        ("auto", 0, "cuda", (torch.float32, torch.bfloat16, True)),
-        ("mixed", 0, "cpu", (torch.float32, torch.bfloat16, True)),
-        ("mixed", 8, "cuda", (torch.bfloat16, torch.bfloat16, True)),
-        ("bfloat16", 8, "cuda", (torch.bfloat16, torch.bfloat16, True)),
-        ("float32", 8, "cuda", (torch.float32, torch.float32, False)),
+        ("auto", 0, "cpu", (torch.float32, torch.float32, torch.float32)),
+        ("auto", 0, "cuda", (torch.float32, torch.bfloat16, torch.bfloat16)),
+        ("mixed", 0, "cpu", (torch.float32, torch.bfloat16, torch.bfloat16)),
+        ("float16", 0, "cuda", (torch.float32, torch.float16, torch.float16)),
+        ("mixed", 8, "cuda", (torch.bfloat16, torch.bfloat16, torch.bfloat16)),
+        ("float16", 8, "cuda", (torch.float16, torch.float16, torch.float16)),
+        ("bfloat16", 8, "cuda", (torch.bfloat16, torch.bfloat16, torch.bfloat16)),
+        ("float32", 8, "cuda", (torch.float32, torch.float32, torch.float32)),
     ],
 )
 def test_precision_of_weights_engines_and_arithmetic(dtype, lora_rank, device, expected):
-    assert train.choose_precision(Config(dtype=dtype, lora_rank=lora_rank), device) == train.Precision(
-        device, *expected
-    )
+    precision = train.choose_precision(Config(dtype=dtype, lora_rank=lora_rank), device)
+    assert (precision.weights, precision.engine, precision.arithmetic) == expected
+
+
+def test_float16_trains_with_a_scaled_loss(tmp_path):
+    """Gradients are those of float32 up to the rounding of float16. An update that it cannot hold is left out."""
+    precision = train.choose_precision(Config(dtype="float16"), "cpu")
+    train.main(tiny(tmp_path / "half", dtype="float16", steps=1))
+    train.main(tiny(tmp_path / "full", steps=1))
+    half, full = (json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1]) for n in ("half", "full"))
+    assert 0 < half["sampler_gap"] < 0.01
+    assert half["grad_norm"] == pytest.approx(full["grad_norm"], rel=0.5)  # the rollouts may differ a little
+
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    for factor, expected in ((1e38, 1.0), (0.25, 0.75)):
+        precision.scaler.scale(factor * weight.sum()).backward()
+        precision.scaler.unscale_(optimizer)
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        optimizer.zero_grad()
+        assert weight.item() == expected
 
 
 def test_bfloat16_weights_need_an_optimizer_that_can_update_them():
     with pytest.raises(UserError, match="loses small updates"):
         train.choose_precision(Config(dtype="bfloat16"), "cuda")
-    expected = train.Precision("cuda", torch.bfloat16, torch.bfloat16, False)
-    assert train.choose_precision(Config(dtype="bfloat16", optimizer="adamw8bit"), "cuda") == expected
+    precision = train.choose_precision(Config(dtype="bfloat16", optimizer="adamw8bit"), "cuda")
+    assert (precision.weights, precision.arithmetic) == (torch.bfloat16, torch.float32)  # float32: no autocast
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing():
