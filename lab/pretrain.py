@@ -1,24 +1,24 @@
-"""Train the bundled backbone from scratch: a tiny Qwen2 that speaks the language of the agent, in other worlds.
+"""Teach a model the agent's language, in other worlds: the bundled backbone from scratch, or a model that exists.
 
     python -m lab.pretrain             # writes tinyworld/backbone/; 20 minutes on one CPU core
     python -m lab.pretrain --check     # measures the backbone that is there, on the test split
+    python -m lab.pretrain --model models/smollm2-135m --out models/smollm2-135m-planner     # a cold start, 10 minutes
 
-A `Teacher` that knows the facts plays all modules through the real `agent.solve()`, so the prompts are the agent's own,
-to the letter. As executor, verifier, generator and tools' model it is perfect. As a planner it is clumsy on purpose.
-Its steps are well-formed, and it notes what is still missing. But it prefers the wrong tool, sticks to the tool it used
-last, and picks its goals from anything in view. The backbone learns to imitate all of that. Planning, and only
-planning, is then left for Flow-GRPO to teach.
+Both imitate the teacher of lab/teacher.py, who is clumsy as a planner on purpose, so planning is left for Flow-GRPO. A
+real model has to be taught first, as reinforcement learning needs some success to begin with: asked without it, a small
+one writes plans that nobody can read. As a planner it is taught with the bundled backbone in all other roles.
 """
 
 import math
 import random
-import re
-import string
+import shutil
+import signal
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -28,33 +28,78 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qw
 import agent
 import tools
 from eval import Ranged, evaluate, run_main, setting, table
-from llm import Completion, Request, TransformersEngine, load_model
+from flow_grpo import token_logprobs
+from lab.teacher import (
+    ANALYSES,
+    ANSWER,
+    CODE,
+    CONTINUE,
+    NO_TOOL,
+    RELATIONS,
+    STOP,
+    TEST_WORLD,
+    UNKNOWN,
+    IdealPlanner,
+    literals,
+    row_stream,
+    teachers,
+)
+from llm import TransformersEngine, best_device, load_model
 from sandbox import Sandbox
-from tasks import Corpus, load_corpus, load_examples
+from tasks import append, load_corpus, load_examples
 from tinyworld import world as w
-from tinyworld.world import NAMES, OPERATIONS, Question, World, ideal_plan
+from tinyworld.world import NAMES, OPERATIONS, World
+from tools import UserError
+from train import build_trainer, choose_precision, listen_for_stop, restore, save, set_learning_rate
+from tree import split_rows
 
 BACKBONE = Path(__file__).parent.parent / "tinyworld" / "backbone"
-TEST_WORLD = 0  # its facts never occur in a pretraining world
 
 
 @dataclass
 class PretrainConfig(Ranged):
-    out: str = setting("tinyworld/backbone", "folder to write the model to, or to check")
+    out: str = setting("tinyworld/backbone", "folder to write the model to, or to check", group="what is taught")
+    model: str = setting("", "model to teach, folder or hub name; empty: a new backbone")
     check: bool = setting(False, "whether to train nothing and only measure the model in --out")
-    from_stage: int = setting(1, "stage to begin with; the second continues the model in --out", low=1, high=2)
+    seed: int = setting(0, "seed of the weights, the worlds and the order of rows", low=0)
+    # the backbone
+    from_stage: int = setting(
+        1, "stage to begin with; the second continues the model in --out", group="a new backbone", low=1, high=2
+    )
+    words: bool = setting(False, "whether to write only the tokenizer anew: enough after a prompt's words have changed")
     layers: int = setting(3, "layers of the model", low=2)
     share: float = setting(1.0, "share of each stage's steps; below 1 the model is worse", low=0.001, high=100)
     rows_per_step: int = setting(64, "prompts with their completions per optimizer step", low=4)
-    lr: float = setting(1e-3, "peak learning rate of AdamW, for embeddings, norms and biases", low=0)
-    muon_lr: float = setting(0.02, "peak learning rate of Muon, for the matrices of the layers", low=0)
-    seed: int = setting(0, "seed of the weights, the worlds and the order of rows", low=0)
+    lr: float = setting(1e-3, "peak learning rate of AdamW, for embeddings, norms and biases")
+    muon_lr: float = setting(0.02, "peak learning rate of Muon, for the matrices of the layers")
+    # a model that exists
+    steps: int = setting(30, "optimizer steps", group="a model that exists", low=1)
+    roles: Literal["planner", "all"] = setting("planner", "roles to teach; planner: the backbone plays the others")
+    questions_per_step: int = setting(4, "transcripts per step, each with all its turns", low=1)
+    plans: int = setting(4, "plans for each prompt, from which the model learns", low=1)
+    skill: float = setting(0.2, "share of ideal plans; the others are clumsy", high=1)
+    learning_rate: float = setting(1e-4, "peak learning rate of AdamW")
+    lora_rank: int = setting(0, "rank of a LoRA adapter, merged into the weights at the end; 0: all weights")
+    dtype: Literal["auto", "float32", "mixed", "float16", "bfloat16"] = setting("auto", "number format, as in train.py")
+    optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", "optimizer, as in train.py")
+    micro_batch_tokens: int = setting(4096, "different tokens of one forward and backward pass", low=1)
+    save_every: int = setting(10, "steps between checkpoints", low=1)
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device")
+    questions: int = setting(200, "test questions of the check at the end; 0: all")
+    max_tokens: int = setting(96, "tokens of one completion in the check, at most", low=1)
 
 
 def main(config: PretrainConfig) -> None:
+    out = Path(config.out)
+    if config.model:
+        if not config.check:
+            teach(config)
+        return check_taught(config)
+    if config.words:
+        return build_tokenizer(out)
     if not config.check:
         make_backbone(config)
-    check(Path(config.out))
+    check(out)
 
 
 def make_backbone(config: PretrainConfig) -> None:
@@ -66,178 +111,6 @@ def make_backbone(config: PretrainConfig) -> None:
         train_stage(number, config)
 
 
-# --- the teacher ------------------------------------------------------------------------------------------------------
-
-ANALYSES = {
-    "lookup": "One fact has to be looked up.",
-    "two-hop": "Two facts have to be looked up, one after the other.",
-    "three-hop": "Three facts have to be looked up, one after the other.",
-    "difference": "Two numbers have to be looked up, then subtracted.",
-    "earlier": "Two years have to be looked up, then compared.",
-    "arithmetic": "A number has to be computed.",
-}
-PLAN = "Justification: {why}.\nContext: {context}\nSub-Goal: {sub_goal}\nTool Name: {tool}"
-UNKNOWN = "unknown"
-STOP, CONTINUE = ".\nConclusion: STOP", ".\nConclusion: CONTINUE"
-ANSWER = ".\n<answer>{}</answer>"
-CODE = "```python\nprint({})\n```"
-NO_TOOL = "Calculator"  # a tool that does not exist: the rarest of the planner's habits
-RELATIONS = [*w.ENTITY_RELATIONS, *w.NUMBER_RELATIONS]
-TERM = r"(\d+) ([-+*<]) (\d+)"
-
-TOOL_HABITS = {  # what a clumsy planner reaches for, by kind of goal
-    "find": {"Base_Generator": 0.58, "Search": 0.24, "Python_Coder": 0.16, NO_TOOL: 0.02},
-    "compute": {"Base_Generator": 0.8, "Search": 0.05, "Python_Coder": 0.13, NO_TOOL: 0.02},
-    "compute from results": {"Base_Generator": 0.51, "Search": 0.05, "Python_Coder": 0.42, NO_TOOL: 0.02},
-}
-STICKY = 0.7  # chance to use the tool of the last step again, when it suits the habit
-# Chance that a clumsy goal is the right one; else it is picked at random from what is in view. It is higher if a random
-# plan would never succeed: a family in which no rollout succeeds gives Flow-GRPO nothing to compare.
-INSIGHT = {"lookup": 0.2, "two-hop": 0.4, "three-hop": 0.65, "difference": 0.85, "earlier": 0.85, "arithmetic": 0.5}
-
-
-class Teacher:
-    """Plays every module for one question. A pure function of the prompt, the question's facts and the dice."""
-
-    def __init__(self, question: Question, world: World, rng: random.Random, skill: float):
-        self.question, self.world, self.rng = question, world, rng
-        self.skill = skill  # chance that the step which is really run is the ideal one
-        self.rows: list[tuple[str, str, str]] = []  # (role, prompt, completion)
-
-    async def plan(self, prompt: str) -> Completion:
-        """The row to learn is always clumsy. The step that runs may be ideal, so that good states are seen too."""
-        self.rows.append(("planner", prompt, self.clumsy_plan(prompt)))
-        why, missing = self.findings(prompt)
-        use_ideal = missing is not None and self.rng.random() < self.skill
-        text = render_plan(why, missing) if use_ideal else self.clumsy_plan(prompt)
-        return Completion([], [], [], text, "stop", usage=(0, 0))
-
-    async def ask(self, role: str, prompt: str) -> str:
-        text = getattr(self, role)(prompt)
-        self.rows.append((role, prompt, text))
-        return text
-
-    # What the memory already holds, and what an ideal planner would do next.
-
-    def findings(self, prompt: str) -> tuple[str, w.Step | None]:
-        """(the line of facts that planner, verifier and generator write, up to the first unknown one; the step that
-        would find that one, None if nothing is missing)."""
-        facts = []
-        for step in ideal_plan(self.question):
-            if not self.is_done(step, prompt):
-                return ", ".join([*facts, f"{expression(step)} is {UNKNOWN}"]), step
-            facts.append(f"{expression(step)} is {self.value(step)}")
-        return ", ".join(facts), None
-
-    def is_done(self, step: w.Step, prompt: str) -> bool:
-        if step.tool == "Search":
-            return f"\nResult: {step.context}: {self.world.articles[step.context]}" in prompt
-        return f'\nTool: Python_Coder\nCommand: Python_Coder(query="{expression(step)}")' in prompt
-
-    def value(self, step: w.Step) -> str:
-        if step.tool == "Search":
-            return self.world.facts[step.context][step.sub_goal.removeprefix("Find the ")].value
-        return calculate(*re.fullmatch(TERM, expression(step)).groups())
-
-    # The frozen modules, perfect.
-
-    def analyst(self, prompt: str) -> str:
-        return ANALYSES[self.question.family]
-
-    def executor(self, prompt: str) -> str:
-        tool = prompt.split("Tool:\n")[1].split("(")[0]
-        context, sub_goal = prompt.rsplit("\nContext: ")[1].split("\nSub-Goal: ")
-        return f'{tool}(query="{expression(w.Step(context, sub_goal, tool))}")'
-
-    def coder(self, prompt: str) -> str:
-        query = prompt.removeprefix(literals(tools.PYTHON_CODER_PROMPT)[0])
-        return CODE.format(query if re.fullmatch(TERM, query) else '"unknown"')
-
-    def base(self, prompt: str) -> str:
-        return "I do not know."
-
-    def verifier(self, prompt: str) -> str:
-        findings, missing = self.findings(prompt)
-        return findings + (CONTINUE if missing else STOP)
-
-    def generator(self, prompt: str) -> str:
-        findings, missing = self.findings(prompt)
-        return findings + ANSWER.format(UNKNOWN if missing else self.question.answer)
-
-    # The clumsy planner. It sees what is missing, and does not know what to do about it.
-
-    def clumsy_plan(self, prompt: str) -> str:
-        why, missing = self.findings(prompt)
-        goal = missing if self.rng.random() < INSIGHT[self.question.family] else None
-        goal = goal or self.random_goal(prompt)
-        kind = "find" if goal.sub_goal.startswith("Find") else "compute"
-        last = re.findall(r"\nTool: (\w+)\nCommand", prompt)
-        habits = TOOL_HABITS["compute from results" if kind == "compute" and "Search" in last else kind]
-        if last and kind == "find":
-            habits = {tool: share * (1 - STICKY) + STICKY * (tool == last[-1]) for tool, share in habits.items()}
-        tool = self.rng.choices(list(habits), list(habits.values()))[0]
-        return render_plan(why, goal._replace(tool=tool))
-
-    def random_goal(self, prompt: str) -> w.Step:
-        """A goal from anything in view: an entity with a relation of the question, or two numbers with an operation."""
-        asked = self.question.question
-        relations = [r for r in RELATIONS if f"the {r}" in asked]
-        if not relations:  # arithmetic
-            return w.compute(*re.findall(r"\d+", asked), self.rng.choice(list(OPERATIONS)))
-        view = prompt.split("\nQuestion: ")[1]
-        numbers = re.findall(r" (\d{3,})\b", "".join(re.findall(r"Result: .*", view)))
-        compute_chance = 0.3 if self.question.family in ("difference", "earlier") else 0.03
-        if len(numbers) > 1 and self.rng.random() < compute_chance:
-            return w.compute(*self.rng.sample(numbers, 2), self.rng.choice(list(OPERATIONS)))
-        entities = sorted(set(re.findall(r"[A-Z][a-z]+", view)) & set(NAMES))
-        return w.find(self.rng.choice(relations), self.rng.choice(entities))
-
-
-def render_plan(why: str, step: w.Step) -> str:
-    return PLAN.format(why=why, context=step.context, sub_goal=step.sub_goal, tool=step.tool)
-
-
-def expression(step: w.Step) -> str:
-    """The query a perfect executor makes of a context and a sub-goal."""
-    if step.sub_goal.startswith("Find "):
-        return f"{step.sub_goal.removeprefix('Find ')} of {step.context}"
-    operation = next(op for op, text in OPERATIONS.items() if text == step.sub_goal)
-    left, right = step.context.split(", ")
-    return f"{left} {operation} {right}"
-
-
-def calculate(left: str, operation: str, right: str) -> str:
-    """What Python prints for a term."""
-    one, two = int(left), int(right)
-    return str({"+": one + two, "-": one - two, "*": one * two, "<": one < two}[operation])
-
-
-class TeacherSandbox:
-    """Takes the sandbox's place while transcripts are made: the teacher's programs only print one term."""
-
-    async def run(self, code: str) -> str:
-        match = re.search(TERM, code)
-        return calculate(*match.groups()) if match else "unknown"
-
-
-def transcript(
-    question: Question, world: World, corpus: Corpus, rng: random.Random, skill: float
-) -> tuple[Teacher, agent.Trajectory]:
-    """Run the real loop with a teacher in all roles."""
-    teacher = Teacher(question, world, rng, skill)
-    env = tools.ToolEnv(teacher.ask, corpus, TeacherSandbox(), tools.TOOLS)
-    return teacher, drive(agent.solve(question.question, teacher.plan, env))
-
-
-def drive(coroutine: Coroutine) -> Any:
-    """The result of a coroutine that never really waits, without the cost of an event loop."""
-    try:
-        coroutine.send(None)
-    except StopIteration as done:
-        return done.value
-    raise RuntimeError("a teacher never waits")
-
-
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 EOS, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
@@ -247,11 +120,6 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-def literals(template: str) -> list[str]:
-    """The fixed text of a format string."""
-    return [text for text, *_ in string.Formatter().parse(template) if text]
 
 
 def prompt_texts() -> list[str]:
@@ -303,12 +171,6 @@ def build_tokenizer(folder: Path) -> None:
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-SKILLS = (0.0, 0.5, 0.8, 0.95, 1.0)  # transcripts come from clumsy planners, ideal ones, and some in between
-FAMILY_SHARES = {"lookup": 2, "two-hop": 3, "three-hop": 4, "difference": 3, "earlier": 3, "arithmetic": 3}
-# Share of each role's rows that is kept, and share of the generator's rows without an answer: many are much the same.
-KEEP = dict(analyst=0.05, base=0.05, executor=0.3, coder=0.6, planner=0.4, verifier=0.4, generator=1.0)
-KEEP_UNKNOWN = 0.3
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -320,23 +182,6 @@ class Stage:
 
 
 STAGES = (Stage(steps=550, lr_share=1.0, prompt_weight=0.3), Stage(steps=1000, lr_share=0.7))
-
-
-def row_stream(seed: int) -> Iterator[tuple[str, str, str]]:
-    """Endless rows (role, prompt, completion): a new world every 100 questions, and no fact of the test world."""
-    rng = random.Random(f"pretrain {seed}")
-    avoid = World(TEST_WORLD).all_facts()
-    families, shares = list(FAMILY_SHARES), list(FAMILY_SHARES.values())
-    for world_seed in range(1_000_000 * (seed + 1), 1_000_000 * (seed + 2)):
-        world = World(world_seed, avoid)
-        corpus = Corpus.from_articles(world.articles.items())
-        for _ in range(100):
-            question = world.sample_question(rng.choices(families, shares)[0], rng)
-            teacher, _ = transcript(question, world, corpus, rng, rng.choice(SKILLS))
-            for role, prompt, completion in teacher.rows:
-                no_answer = completion.endswith(ANSWER.format(UNKNOWN))
-                if rng.random() < KEEP[role] * (KEEP_UNKNOWN if no_answer else 1):
-                    yield role, prompt, completion
 
 
 def batch_stream(
@@ -509,33 +354,107 @@ def train_stage(number: int, config: PretrainConfig) -> None:
     print(f"stage {number + 1}: {stage.steps} steps, {(time.time() - started) / 60:.1f} minutes, loss {running:.3f}")
 
 
+# --- a model that exists ----------------------------------------------------------------------------------------------
+
+
+def teach(config: PretrainConfig) -> None:
+    """Fine-tune the model on the teacher's rows and write it to --out, an ordinary model folder. Until it is finished,
+    the folder has a checkpoint, from which the same command continues."""
+    out = Path(config.out)
+    if (out / "config.json").exists():
+        raise UserError(f"{out} holds a model already: name another folder with --out, or add --check to measure it")
+    precision = choose_precision(config, best_device(config.device))
+    policy, tokenizer, optimizer = build_trainer(config, precision)
+    engine = TransformersEngine(config.model, precision.device, precision.engine)  # knows the model's chat template
+    out.mkdir(parents=True, exist_ok=True)
+    done, _ = restore(out, policy, optimizer)
+    steps = islice(lessons(engine, config), done, config.steps)
+    stop = listen_for_stop()
+    with tqdm(total=config.steps, initial=done, desc="cold start", unit="step") as bar:
+        for step, rows in enumerate(steps, start=done + 1):
+            rate = min(step / 5, 1 - (step - 1) / config.steps)  # warm-up, then a linear decay
+            set_learning_rate(optimizer, config.learning_rate * min(1.0, rate))
+            started = time.time()
+            loss = imitate(policy, optimizer, rows, config, precision)
+            append(out / "metrics.jsonl", {"step": step, "loss": loss, "rows": len(rows), "t": time.time() - started})
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}")
+            if step % config.save_every == 0 or step == config.steps or stop:
+                save(out, step, policy, tokenizer, optimizer, {})
+            if stop:
+                raise UserError(f"stopped after step {step} and saved; the same command continues")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # all is learnt: it may end at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if config.lora_rank:
+        policy = merged(policy, config.model)
+    policy.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    shutil.rmtree(out / "checkpoint")
+
+
+def lessons(engine: TransformersEngine, config: PretrainConfig) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """Endless steps of rows (prompt_ids, completion_ids). The rows of a step are whole transcripts and several plans
+    for each prompt: they share most of their tokens, and a tree computes these once."""
+    rng = random.Random(f"cold start {config.seed}")
+    stream = teachers(rng, config.seed)
+    while True:
+        rows = []
+        for teacher in islice(stream, config.questions_per_step):
+            for role, prompt, completion in teacher.rows:
+                if role == "planner":
+                    texts = [teacher.mixed_plan(prompt, config.skill) for _ in range(config.plans)]
+                else:
+                    texts = [completion] if config.roles == "all" else []
+                prompt_ids = list(engine.encode(prompt))
+                for text in texts:
+                    ids = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+                    rows.append((prompt_ids, [*ids, engine.tokenizer.eos_token_id]))
+        yield rows
+
+
+def imitate(policy: Any, optimizer: Any, rows: list, config: PretrainConfig, precision: Any) -> float:
+    """One optimizer step on rows (prompt_ids, completion_ids) -> the mean of -log pi over their tokens."""
+    total, tokens = 0.0, sum(len(completion) for _, completion in rows)
+    policy.train()
+    for batch in split_rows([prompt + completion for prompt, completion in rows], config.micro_batch_tokens, policy):
+        prompts, completions = zip(*(rows[i] for i in batch))
+        with precision.autocast():
+            logprobs, mask, _ = token_logprobs(policy, list(prompts), list(completions))
+        loss = -logprobs[mask].sum() / tokens
+        precision.scaler.scale(loss).backward()
+        total += loss.item()
+    precision.scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    precision.scaler.step(optimizer)
+    precision.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    policy.eval()
+    return total
+
+
+def merged(policy: Any, base: str) -> Any:
+    """The base model with the adapter added to its weights."""
+    model = load_model(base)[0]
+    with torch.no_grad():
+        for name, module in policy.named_modules():
+            if hasattr(module, "get_delta_weight"):  # a layer of peft
+                model.get_submodule(name).weight += module.get_delta_weight("default").float().cpu()
+    return model
+
+
+def check_taught(config: PretrainConfig) -> None:
+    """Print what the model in --out reaches as a planner on the test split, and the share of plans that can be read."""
+    device = best_device(config.device)
+    engine = TransformersEngine(config.out, device)
+    frozen = engine if config.roles == "all" else TransformersEngine(BACKBONE, device)
+    system = agent.AgentSystem(engine, frozen, load_corpus("tinyworld"), Sandbox(), max_tokens=config.max_tokens)
+    examples = load_examples("tinyworld", "test")[: config.questions or None]
+    figures, _ = evaluate(system, examples, (config.seed, "check"), "check")
+    print(table({f"{config.out} as the planner": figures}))
+    print(f"readable plans: {100 * (1 - figures['format_error_rate']):.1f} %")
+
+
 # --- what it has reached ----------------------------------------------------------------------------------------------
-
-
-class IdealPlanner:
-    """An engine that answers planner prompts with the ideal next step, in a share `skill` of the turns. In the others
-    it plans as clumsily as the backbone was taught to. It knows no tokens: texts take the place of ids."""
-
-    def __init__(self, questions: list[Question], world: World, skill: float = 1.0):
-        self.teachers = {q.question: Teacher(q, world, random.Random(0), skill) for q in questions}
-
-    def encode(self, prompt: str) -> tuple[str]:
-        return (prompt,)
-
-    def generate_batch(self, requests: list[Request]) -> list[Completion]:
-        return [self._plan(request.prompt_ids[0], request.seed) for request in requests]
-
-    def _plan(self, prompt: str, seed: int) -> Completion:
-        question = prompt.split("\nQuestion: ")[1].split("\n")[0]
-        teacher = self.teachers[question]
-        teacher.rng = random.Random(seed)
-        why, missing = teacher.findings(prompt)
-        lost = missing is None and teacher.skill < 1  # all is known, and the verifier still goes on
-        if teacher.rng.random() >= teacher.skill or lost:
-            text = teacher.clumsy_plan(prompt)
-        else:
-            text = render_plan(why, missing) if missing else "The plan is complete."
-        return Completion([prompt], [text], [0.0], text, "stop", usage=(0, 0))
 
 
 def check(folder: Path) -> None:

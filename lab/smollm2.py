@@ -44,7 +44,9 @@ def main(config: SmolConfig) -> None:
     end = tokenizer.convert_tokens_to_ids(END)
     quantised.config.eos_token_id = quantised.config.pad_token_id = end
 
-    # A model that was read from GGUF is marked as quantised and refuses to be saved. A new one with its numbers is not.
+    # A model that was read from GGUF is marked as quantised and refuses to be saved. A new one with its numbers is not,
+    # once the mark is gone from the config too.
+    del quantised.config.quantization_config
     model = AutoModelForCausalLM.from_config(quantised.config, dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)

@@ -15,7 +15,7 @@ from test_http import serve
 import eval as evaluation
 from agent import AgentSystem, Memory, Step, Trajectory, Turn
 from eval import EvalConfig, accuracy, behaviour, evaluate, run_main, setting, summary, table, wilson
-from lab.pretrain import IdealPlanner
+from lab.teacher import IdealPlanner
 from llm import Completion, EngineError, TransformersEngine, open_engine
 from sandbox import Sandbox
 from tasks import Example, load_corpus, load_examples

@@ -20,9 +20,11 @@ pytest.importorskip("vllm", reason="vllm is not installed: pip install -r requir
 import train
 from agent import PLANNER_PROMPT, AgentSystem, toolbox
 from flow_grpo import token_logprobs
+from lab import smollm2
 from lab.http_engine import HTTPEngine
 from lab.pretrain import BACKBONE
-from llm import Request, TransformersEngine, VLLMEngine, add_adapter, load_model
+from lab.vllm_engine import VLLMEngine
+from llm import Request, TransformersEngine, add_adapter, load_model
 from sandbox import Sandbox
 from tasks import load_corpus, load_examples
 from tools import UserError
@@ -244,7 +246,7 @@ def test_an_adapter_run_that_was_stopped_resumes(tmp_path, monkeypatch):
 
 def test_stale_weights_stop_the_run(tmp_path):
     options = TINY | dict(steps=6, learning_rate=3e-3, engine="vllm")
-    forgetful = "import llm; llm.VLLMEngine.load_weights = lambda self, state_dict: None"
+    forgetful = "import lab.vllm_engine as v; v.VLLMEngine.load_weights = lambda self, state_dict: None"
     done = train_apart(train.Config(run_dir=str(tmp_path / "run"), **options), forgetful)
     assert done.returncode and "sampler_gap is" in done.stderr
 
@@ -257,6 +259,50 @@ def test_eight_bit_moments_and_bfloat16_weights(tmp_path):
     trained, initial = load_model(tmp_path / "run" / "checkpoint")[0], load_model(BACKBONE)[0]
     moved = [(a - b.bfloat16().float()).abs().max() > 0 for a, b in zip(trained.parameters(), initial.parameters())]
     assert all(moved)
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_model(tmp_path_factory):
+    """SmolLM2-135M: a real tokenizer and chat template."""
+    try:
+        smollm2.find_gguf()
+    except UserError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("models") / "smollm2-135m"
+    smollm2.main(smollm2.SmolConfig(str(folder)))
+    return str(folder)
+
+
+def test_a_real_model_writes_the_same(real_model, prompts):
+    engine, transformers = (kind(real_model, DEVICE, torch.float32) for kind in (VLLMEngine, TransformersEngine))
+    requests = [Request(engine.encode(prompt), 24, 0.0) for prompt in prompts[:4]]
+    assert [r.prompt_ids for r in requests] == [transformers.encode(prompt) for prompt in prompts[:4]]
+    written = [
+        [c.completion_ids for c in answers]
+        for answers in (generate(engine, requests), transformers.generate_batch(requests))
+    ]
+    assert written[0] == written[1]
+    assert gap(transformers.model, sampled(engine, prompts[:4])) < 1e-3
+
+
+@pytest.mark.parametrize("lora_rank", [0, 8])
+def test_a_training_run_of_a_real_model(tmp_path, real_model, lora_rank):
+    size = dict(
+        steps=2, questions_per_step=2, group_size=2, max_turns=1, max_tokens=24, test_questions=2, dev_questions=2
+    )
+    options = dict(model=real_model, frozen_model=str(BACKBONE), engine="vllm", lora_rank=lora_rank)
+    if DEVICE == "cuda" and lora_rank:
+        options["dtype"] = "mixed"
+    done = train_apart(train.Config(run_dir=str(tmp_path / "run"), **TINY | size | options))
+    assert done.returncode == 0, done.stderr
+    metrics = metrics_of(tmp_path / "run")
+    assert len(metrics) == 2 and all(m["sampler_gap"] < (0.1 if "dtype" in options else 1e-3) for m in metrics)
+
+
+# --- faults, and a server ---------------------------------------------------------------------------------------------
 
 
 def test_a_failing_engine_is_heard_by_all(engine, questions, monkeypatch):

@@ -138,7 +138,7 @@ def ideal_plan(question: Question) -> list[Step]:
 
 
 class World:
-    """300 articles and the facts in them. `avoid` names facts that must not occur here (see lab/pretrain.py)."""
+    """300 articles and the facts in them. `avoid` names facts that must not occur here (see lab/teacher.py)."""
 
     def __init__(self, seed: int = 0, avoid: frozenset[Fact] = frozenset()):
         self.seed = seed

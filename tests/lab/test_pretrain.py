@@ -4,24 +4,19 @@ import asyncio
 import json
 import math
 import random
+import shutil
 from collections import Counter
 from itertools import islice
 
 import pytest
+import torch
 
 from agent import AgentSystem
 from eval import evaluate
-from lab.pretrain import (
-    BACKBONE,
-    TEST_WORLD,
-    IdealPlanner,
-    PretrainConfig,
-    build_tokenizer,
-    make_backbone,
-    row_stream,
-    transcript,
-)
-from llm import TransformersEngine
+from lab import pretrain
+from lab.pretrain import BACKBONE, PretrainConfig, build_tokenizer, make_backbone
+from lab.teacher import TEST_WORLD, IdealPlanner, row_stream, transcript
+from llm import TransformersEngine, load_model
 from sandbox import Sandbox, extract_code
 from tasks import load_corpus, load_examples
 from tinyworld.world import SPLITS, World, ideal_plan
@@ -64,7 +59,8 @@ def test_rows_are_the_agents_own_prompts():
 
 
 def test_the_backbone_knows_the_prompts(tmp_path):
-    """The fixed text of each prompt is a token: after a change of a prompt, the backbone has to be trained again."""
+    """The fixed text of each prompt is a token: after a change of its words, `lab.pretrain --words` is enough; a new
+    placeholder takes a new training."""
     build_tokenizer(tmp_path)
     made, bundled = (json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, BACKBONE))
     assert made == bundled
@@ -111,3 +107,59 @@ def test_wrong_places_show_before_the_training(tmp_path):
         make_backbone(PretrainConfig(out=str(tmp_path / "file")))
     with pytest.raises(UserError, match="cannot load a model from"):
         make_backbone(PretrainConfig(out=str(tmp_path), from_stage=2))
+
+
+# --- a model that exists ----------------------------------------------------------------------------------------------
+
+
+def taught(out, **changes):
+    small = dict(model=str(BACKBONE), steps=3, questions_per_step=1, plans=2, save_every=1, questions=4)
+    return PretrainConfig(out=str(out), **(small | changes))
+
+
+def test_a_stopped_cold_start_goes_on(tmp_path, monkeypatch, capsys):
+    """The folder that it writes is the same, stopped in between or not; until the end it is no model."""
+    pretrain.main(taught(tmp_path / "whole"))
+    assert "readable plans: " in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "listen_for_stop", lambda: [15])
+        with pytest.raises(UserError, match="stopped after step 1 and saved"):
+            pretrain.main(taught(tmp_path / "parts"))
+    assert not (tmp_path / "parts" / "config.json").exists()
+    pretrain.main(taught(tmp_path / "parts"))
+    one, other = (load_model(tmp_path / name)[0].state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(one["lm_head.weight"], load_model(BACKBONE)[0].state_dict()["lm_head.weight"])
+    with pytest.raises(UserError, match="holds a model already"):
+        pretrain.main(taught(tmp_path / "parts"))
+
+
+def test_what_is_taught():
+    """Planner rows alone, or those of all roles. Ideal plans among them make the planner better, not perfect."""
+    engine = TransformersEngine(BACKBONE)
+    texts = {}
+    for name, options in {"clumsy": {"skill": 0.0}, "ideal": {"skill": 1.0}, "all": {"roles": "all"}}.items():
+        rows = next(pretrain.lessons(engine, taught("", questions_per_step=8, **options)))
+        assert all(completion[-1] == engine.tokenizer.eos_token_id for _, completion in rows)
+        texts[name] = [engine.tokenizer.decode(completion) for _, completion in rows]
+    assert all(text.startswith("Justification: ") for text in texts["clumsy"] + texts["ideal"])
+    assert any("</answer>" in text for text in texts["all"]) and any("STOP" in text for text in texts["all"])
+    searches = {name: sum("Tool Name: Search" in text for text in rows) for name, rows in texts.items()}
+    assert searches["ideal"] > 1.5 * searches["clumsy"]
+
+
+def test_an_adapter_is_merged(tmp_path):
+    pytest.importorskip("peft")
+    pretrain.main(taught(tmp_path / "lora", lora_rank=4, learning_rate=1e-2))
+    one, base = load_model(tmp_path / "lora")[0].state_dict(), load_model(BACKBONE)[0].state_dict()
+    assert one.keys() == base.keys()
+    changed = [name for name in one if not torch.equal(one[name], base[name])]
+    assert len(changed) == 3 * 7 and not [name for name in changed if "embed" in name]
+
+
+def test_only_the_words_of_a_prompt(tmp_path):
+    """`--words` writes the tokenizer anew: the ids stay, and so do the weights."""
+    shutil.copytree(BACKBONE, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    pretrain.main(PretrainConfig(out=str(tmp_path / "model"), words=True))
+    assert (tmp_path / "model" / "tokenizer.json").read_text() == (BACKBONE / "tokenizer.json").read_text()
