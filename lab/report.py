@@ -1,29 +1,36 @@
 """A page to look into a run: learning curves, questions by reward, trajectories side by side, tokens by what changed.
 
     python -m lab.report runs/tinyworld-seed0     # writes runs/tinyworld-seed0/report.html, also while the run goes on
+    python -m lab.report runs/tinyworld-seed0 --serve     # shows it at http://127.0.0.1:8000, always up to date
 
 The page is one file that works in any browser without server or network. Its template, report.html, lies beside this
 script. What a model wrote stays data all the way: JSON in which every `<` is escaped, from which the page's script
 makes text nodes. The page's policy runs no script but that one, known by its hash, and forbids every request.
+
+A served page is the same page with the lines of live.html. It asks only its server, and only whether a log has grown.
 """
 
 import json
 import re
 from base64 import b64encode
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.hf_argparser import string_to_bool
 
 import tasks
 from eval import one_line_errors, table
 from tools import UserError
 from train import whole
 
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATE, LIVE = (Path(__file__).with_name(name) for name in ("report.html", "live.html"))
+LOGS = "metrics.jsonl rollouts.jsonl test_before.jsonl test_after.jsonl result.json".split()
 # What the page reads of a run, and its types. Of a group's trajectories, the first five fields are the same.
 NUMBER = int | float
 CONFIG = dict(model=str, task=str, seed=int, steps=int, questions_per_step=int, group_size=int)
@@ -100,15 +107,20 @@ def token_texts(ids: set[int], run: Path, model: str) -> dict[int, str]:
     return {i: b[len(a) :] for i, a, b in zip(ids, once, twice)}
 
 
-def policy(template: str) -> str:
-    """The page's Content-Security-Policy: the template's own script and style, and not one request."""
+def read_template(live: bool = False) -> tuple[str, str]:
+    """(the template, its Content-Security-Policy: its own scripts and styles, and not one request). A live page may
+    send requests to its own server."""
+    template = TEMPLATE.read_text(encoding="utf-8")
+    if live:
+        template = template.replace("</html>", LIVE.read_text(encoding="utf-8") + "</html>")
 
     def hashes(tag: str) -> str:
         texts = re.findall(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
         return " ".join(f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in texts)
 
     own = f"script-src {hashes('script')}; style-src {hashes('style')}"
-    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
+    own += "; connect-src 'self'" if live else ""
+    return template, f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
 
 
 def block(name: str, data: Any) -> str:
@@ -117,13 +129,14 @@ def block(name: str, data: Any) -> str:
     return f'<script type="application/json" id="{name}">{text}</script>\n'
 
 
-def make_page(run: Path) -> str:
-    """The whole page of a run folder. `UserError` if there is nothing to show, or a file is damaged."""
+def make_page(run: Path, live: str = "") -> str:
+    """The whole page of a run folder. `UserError` if there is nothing to show, or a file is damaged. `live` is the
+    version of the logs that a served page shows; it may show a run before its first step."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is not the folder of a run: there is no config.json in it")
     config = read_json(run / "config.json", CONFIG)
     groups, metrics = read_groups(run), read_log(run / "metrics.jsonl", {"step": int})
-    if not groups:
+    if not groups and not live:
         raise UserError(f"{run} holds no trajectories yet: wait for its first step")
     test_table = ""
     if (run / "result.json").is_file():
@@ -144,16 +157,77 @@ def make_page(run: Path) -> str:
     }
     # A block for each group: the page reads one when it is opened, so that thousands of them open at once.
     blocks = [block(f"group{n}", trajectories) for n, (_, trajectories) in enumerate(groups)]
-    template = TEMPLATE.read_text(encoding="utf-8")
-    page = template.replace("POLICY", policy(template))
+    blocks += [block("version", live)] if live else []
+    template, policy = read_template(bool(live))
+    page = template.replace("POLICY", policy)
     return page.replace("<!-- DATA -->\n", block("run", overview) + "".join(blocks))  # last: it may hold any text
+
+
+# --- the page while the run goes on -----------------------------------------------------------------------------------
+
+
+def version(run: Path) -> str:
+    """A text that changes when a log grows. It stands in quotes, as HTTP asks of an ETag."""
+    sizes = [path.stat().st_size if path.exists() else 0 for path in (run / name for name in LOGS)]
+    return f'"{"-".join(map(str, sizes))}"'
+
+
+class LivePage(BaseHTTPRequestHandler):
+    """Serves the page of `server.run` as `/`, made anew for each GET, and nothing else. HEAD only tells the version."""
+
+    def do_GET(self) -> None:
+        # A foreign site may let its own name point to 127.0.0.1, to read the page through the reader's browser.
+        if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", self.headers.get("Host", "")):
+            self.send_error(403, "Ask for 127.0.0.1 or localhost")
+        elif self.path != "/":
+            self.send_error(404)
+        else:
+            try:
+                tag = version(self.server.run)  # read before the logs: what is written meanwhile is a new version
+                page = make_page(self.server.run, tag) if self.command == "GET" else ""
+                policy = read_template(live=True)[1] + "; frame-ancestors 'none'"
+                self.answer(200, page, {"Content-Type": "text/html", "Content-Security-Policy": policy, "ETag": tag})
+            except (UserError, OSError) as error:  # such as a checkpoint that is just being replaced
+                self.answer(503, f"{error}\n", {"Content-Type": "text/plain", "Refresh": "2"})
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, text: str, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        headers["Content-Type"] += "; charset=utf-8"
+        for item in (headers | {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}).items():
+            self.send_header(*item)
+        with suppress(ConnectionError):  # the reader has left
+            self.end_headers()
+            self.wfile.write(text.encode() if self.command == "GET" else b"")
+
+    def log_message(self, *_) -> None:  # a page that looks for news would fill the terminal
+        pass
+
+
+def serve(run: Path, port: int) -> None:
+    """Show the page of a run on this machine alone until Ctrl-C."""
+    make_page(run, "start")  # what is wrong with the folder is said here
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), LivePage)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {port} cannot be used ({error}): name another") from None
+    server.run = run
+    print(f"http://127.0.0.1:{server.server_port} shows {run} while it goes on; Ctrl-C ends it", flush=True)
+    server.serve_forever()
 
 
 def main() -> None:
     parser = tasks.Parser(description="Write RUN/report.html, one page to look into a run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of train.py")
-    path = parser.parse_args().run / "report.html"
+    serving = dict(type=string_to_bool, nargs="?", const=True, default=False)
+    parser.add_argument("--serve", **serving, help="web page for this machine alone, always up to date, not a file")
+    parser.add_argument("--port", type=int, default=8000, help="port of the served page; 0: a free one")
+    arguments = parser.parse_args()
+    path = arguments.run / "report.html"
     with one_line_errors():
+        if arguments.serve:
+            return serve(arguments.run, arguments.port)
         path.write_text(make_page(path.parent), encoding="utf-8", newline="\n")
         print(f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser")
 

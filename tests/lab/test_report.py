@@ -5,20 +5,27 @@ import math
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from transformers import AutoTokenizer
 
 from agent import Memory, Step, Trajectory, Turn
 from lab.pretrain import BACKBONE
-from lab.report import main, make_page, token_texts
+from lab.report import LivePage, main, make_page, token_texts
 from tasks import Example
 from train import Config, append, record
 
@@ -494,3 +501,232 @@ def test_bad_input_is_one_line(small, tmp_path, monkeypatch, capsys, spoil, said
         main()
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+# --- served while the run goes on -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def served(run: Path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), LivePage)
+    server.run = run
+    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+def ask(port: int, path: str = "/", method: str = "GET", host: str = "localhost") -> tuple[int, dict, str]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.putrequest(method, path, skip_host=True)
+    if host:
+        connection.putheader("Host", host)
+    connection.endheaders()
+    answer = connection.getresponse()
+    return answer.status, dict(answer.getheaders()), answer.read().decode()
+
+
+def data_of(page: str, name: str = "run"):
+    return json.loads(re.search(f'<script type="application/json" id="{name}">(.*?)</script>', page)[1])
+
+
+def add_step(run: Path, ids: list[int], step: int, question: str, text: str = "Pruzek") -> None:
+    """As train.py ends a step: first the metrics, then the rollouts."""
+    append(run / "metrics.jsonl", METRICS | {"step": step})
+    group = [trajectory(ids, 1, text=text), trajectory(ids, 0, text=text)]
+    append(run / "rollouts.jsonl", *(record(step, Example(question, text, text), t) for t in group))
+
+
+@pytest.fixture
+def going(small, tmp_path):
+    """A run that is in its training: there is no test after it yet."""
+    run = shutil.copytree(small, tmp_path / "going")
+    (run / "test_after.jsonl").unlink()
+    return run
+
+
+def test_a_served_page_follows_the_logs(going, plan_ids):
+    with served(going) as port:
+        status, headers, first = ask(port)
+        assert status == 200 and headers["ETag"] == ask(port, method="HEAD")[1]["ETag"] == data_of(first, "version")
+        add_step(going, plan_ids, 4, "Who came last?")
+        assert ask(port, method="HEAD")[1]["ETag"] != headers["ETag"]
+        second = ask(port)[2]
+        assert [m["step"] for m in data_of(second)["metrics"]] == [0, 1, 2, 3, 4]
+        before, after = data_of(first)["groups"], data_of(second)["groups"]
+        assert len(before) == 5 and after[:5] == before and after[5]["question"] == "Who came last?"  # #q=N stays valid
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            with (going / name).open("a") as file:
+                file.write('{"step": 5, "quest')
+        assert data_of(ask(port)[2]) == data_of(second)
+        shutil.copy(going / "test_before.jsonl", going / "test_after.jsonl")
+        ended = data_of(ask(port)[2])["groups"]
+        assert [g["question"] for g in ended] == [g["question"] for g in after] and ended[0]["rewards"] == [0, 0]
+
+
+def test_the_served_page_alone_is_live(small):
+    page = make_page(small)
+    assert "connect-src" not in page and "fetch(" not in page and 'id="version"' not in page
+    with served(small) as port:
+        _, headers, live = ask(port)
+    assert data_of(live) == data_of(page)
+    policy = headers["Content-Security-Policy"]
+    assert re.fullmatch(
+        r"default-src 'none'; script-src( 'sha256-[^']+'){2}; style-src( 'sha256-[^']+'){2}; connect-src 'self'; "
+        r"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        policy,
+    )
+    assert policy.startswith(re.search('Policy" content="([^"]+)"', live)[1])
+    assert (headers["Cache-Control"], headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
+
+
+HOSTS = {"localhost": 200, "127.0.0.1:8000": 200, "localhost:9999": 200, "": 403, "evil.example": 403}
+HOSTS |= {"127.0.0.1.evil.example": 403, "localhost@evil.example": 403, "localhost:80\tevil": 403, "0.0.0.0": 403}
+
+
+@pytest.mark.parametrize("host, status", HOSTS.items())
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_other_names_of_this_machine_are_refused(small, host, status, method):
+    with served(small) as port:
+        answered, headers, text = ask(port, method=method, host=host)
+        assert answered == status and ("ETag" in headers) == (status == 200)
+        assert ('id="run"' in text) == (status == 200 and method == "GET") and bool(text) == (method == "GET")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "get"])
+def test_other_methods_are_refused(small, method):
+    with served(small) as port:
+        assert ask(port, method=method)[0] == 501
+
+
+PATHS = "/config.json /report.html /../../etc/passwd /%2e%2e/config.json /?x /. //config.json /favicon.ico * http://x/"
+
+
+@pytest.mark.parametrize("path", PATHS.split())
+def test_other_paths_are_refused(small, path):
+    with served(small) as port:
+        status, _, text = ask(port, path)
+        assert status == 404 and "root:" not in text and "group_size" not in text
+
+
+def test_a_file_that_breaks_while_the_page_is_served(going):
+    text = (going / "config.json").read_text()
+    with served(going) as port:
+        (going / "config.json").write_text("{")
+        status, headers, said = ask(port)
+        assert status == 503 and headers["Content-Type"].startswith("text/plain") and "config.json is damaged" in said
+        assert headers["Refresh"] == "2"  # the page comes back by itself
+        (going / "config.json").write_text(text)
+        assert ask(port)[0] == 200
+
+
+def until(browser, expression: str) -> None:
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        with suppress(AssertionError):  # the page is being loaded again
+            if browser.js(expression):
+                return
+        time.sleep(0.1)
+    raise AssertionError(expression)
+
+
+NEWEST = "document.getElementById('newest').innerText"
+
+
+@needs_chromium
+def test_a_new_step_shows_by_itself_and_the_reader_keeps_the_place(browser, going, plan_ids):
+    with served(going) as port:
+        browser.call("Emulation.setDeviceMetricsOverride", width=800, height=400, deviceScaleFactor=1, mobile=False)
+        browser.open(f"http://127.0.0.1:{port}/")
+        assert "Who is the mayor?\n\nExpected: Pruzek\n\nStep 3: mean reward 1.00 of 3" in browser.js(NEWEST)
+        until(browser, "document.body.innerText.includes('Live: a new step shows by itself.')")
+        browser.js("""document.querySelectorAll('th button')[2].click(); byId("filters").search.value = "wh";
+            byId("filters").oninput(); byId("filters").search.focus(); scrollTo(0, 900); window.old = true""")
+        top = browser.js("scrollY")
+        add_step(going, plan_ids, 4, "Who came last?")
+        until(browser, "!window.old && document.readyState === 'complete'")
+        assert "Who came last?" in browser.js(NEWEST)
+        assert [row[2] for row in browser.js(ROWS)] == ["1", "1", "3", "4", "test", "test"]  # still sorted by the step
+        assert browser.js("[byId('filters').search.value, document.activeElement.name]") == ["wh", "search"]
+        assert top > 500 and browser.js("scrollY") == top
+        # An open question stays, whatever is logged. The list that the reader comes back to is new.
+        browser.js("document.querySelector('#newest a').click(); window.old = true")
+        add_step(going, plan_ids, 5, "Who came later?")
+        time.sleep(3)
+        assert browser.js("window.old") and "Who came last?" in browser.js(SHOWN)
+        browser.press("Escape")
+        until(browser, "!window.old && document.readyState === 'complete'")
+        assert "Who came later?" in browser.js(NEWEST)
+        assert browser.js("document.activeElement.textContent") == "Who came last?"
+        assert [c for c in browser.complaints() if c != f"http://127.0.0.1:{port}/"] == []
+    until(browser, "document.body.innerText.includes('Not live')")
+    browser.call("Emulation.clearDeviceMetricsOverride")
+
+
+@needs_chromium
+def test_before_the_first_step_a_served_page_says_so(browser, tmp_path, plan_ids):
+    run = write_run(tmp_path / "run", [])
+    for name in ("metrics.jsonl", "rollouts.jsonl", "test_before.jsonl", "test_after.jsonl"):
+        (run / name).unlink()
+    with served(run) as port:
+        browser.open(f"http://localhost:{port}/")
+        assert "No step yet." in browser.js(NEWEST) and browser.js(ROWS) == []
+        add_step(run, plan_ids, 1, "Who?")
+        until(browser, f"{NEWEST}.includes('Step 1: mean reward 0.50 of 2')")
+
+
+@needs_chromium
+@pytest.mark.parametrize("text", [*HOSTILE, "W" * 500, "Which of the two? " * 200])
+def test_markup_and_long_texts_on_a_served_page_on_a_phone(browser, going, plan_ids, text):
+    add_step(going, plan_ids, 4, f"Q {text}", text)
+    shown = text.replace("\u2028", "\\u{2028}").replace("\u2029", "\\u{2029}")
+    browser.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+    with served(going) as port:
+        browser.open(f"http://127.0.0.1:{port}/")
+        assert browser.js("document.getElementById('newest').textContent").count(shown) >= 10
+        assert browser.js("document.title") == "Run going" and browser.js("document.images.length") == 0
+        assert browser.js("document.documentElement.scrollWidth") <= 390
+        assert browser.js("document.getElementById('newest').clientHeight") < 1300
+        assert [c for c in browser.complaints() if c != f"http://127.0.0.1:{port}/"] == []
+    browser.call("Emulation.clearDeviceMetricsOverride")
+
+
+def test_the_command_serves_this_machine_alone(small):
+    command = [sys.executable, "-m", "lab.report", str(small), "--serve", "--port", "0"]
+    ctrl_c_ends_it = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # it may be ignored in here
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, preexec_fn=ctrl_c_ends_it) as process:
+        try:
+            port = int(re.match(r"http://127\.0\.0\.1:(\d+) shows ", process.stdout.readline())[1])
+            assert ask(port)[0] == 200
+            with pytest.raises(ConnectionRefusedError):  # a server of all addresses would answer here
+                socket.create_connection(("127.0.0.2", port), timeout=5)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=20) == ("", "") and process.returncode == 130
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--serve --port {taken}", "--port {taken} cannot be used"),
+        ("--serve --port 70000", "--port 70000 cannot be used"),
+        ("--serve --port -1", "--port -1 cannot be used"),
+        ("--serve --port http", "--port"),
+        ("--serve perhaps", "--serve"),
+    ],
+)
+def test_a_bad_port_is_one_line(small, monkeypatch, capsys, words, said):
+    with served(small) as taken:
+        monkeypatch.setattr(sys, "argv", ["report.py", str(small), *words.format(taken=taken).split()])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+    error = capsys.readouterr().err
+    assert said.format(taken=taken) in error and error.count("\n") == 1
+
+
+def test_a_folder_without_a_run_is_not_served(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--serve", "True", "--port", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "not the folder of a run" in capsys.readouterr().err
