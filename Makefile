@@ -1,4 +1,4 @@
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v) 2>/dev/null)) python3.11)
 VENV := .venv
 GPU_VENV := .venv-gpu
 QUICK ?= # 1: `make paper` in minutes, with fewer seeds and steps

@@ -30,6 +30,7 @@ from flow_grpo import (
     group_advantages,
     row_weights,
     token_logprobs,
+    token_weights,
 )
 from tree import micro_batches, plant
 
@@ -216,6 +217,13 @@ def test_row_weights():
     assert row_weights([2, 1], num_tokens=[10, 30, 60], aggregation="token-mean").tolist() == pytest.approx(
         [0.1, 0.3, 0.6]
     )
+
+
+def test_token_weights():
+    """Each row spreads its weight evenly over its own tokens. A pad has none."""
+    mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    weights = token_weights(torch.tensor([0.25, 0.5]), mask)
+    assert weights.tolist() == [[0.125, 0.125, 0.0, 0.0], [0.125, 0.125, 0.125, 0.125]]
 
 
 # --- Eq. 5: the loss --------------------------------------------------------------------------------------------------
