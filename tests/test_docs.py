@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from train import Config
 ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md",
+    "CONTRIBUTING.md",
+    "docs/course.md",
     "docs/fork.md",
     "docs/metrics.md",
     "docs/paper.md",
@@ -42,6 +45,8 @@ SMALLER = {  # the same command on less work
     "lab.benchmark": "--questions 2",
 }
 RUN_ELSEWHERE = [  # by tests of their own, or they need a GPU, the network or minutes
+    "python -m lab.course",
+    "python -m lab.exam",
     "python -m lab.pretrain",
     "python -m lab.paper",
     "python -m lab.prepare",
@@ -56,6 +61,7 @@ def commands(page: str) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", TEXTS[page].replace("\\\n", " "), re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     lines = [line for line in lines if line.startswith("python ")]  # not make, which CI runs, nor the recipes
+    lines = [line for line in lines if "--serve" not in line]  # it would never end
     return [line for line in lines if not any(line.startswith(start) for start in RUN_ELSEWHERE)]
 
 
@@ -96,7 +102,8 @@ def run(command: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_run(page, folder, monkeypatch):
-    """In the order of the page."""
+    """In the order of the page, each page in a folder without runs."""
+    shutil.rmtree(folder / "runs", ignore_errors=True)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # train.py takes Ctrl-C over: it stays pytest's
@@ -143,7 +150,8 @@ def test_names_and_files_exist(page):
     for config in (Config, EvalConfig, BenchConfig, BenchmarkConfig):
         flags |= set(config.__dataclass_fields__)
     for flag in re.findall(r"`[^`]*--(\w+)", text):
-        assert flag in flags | {"check", "layers", "share", "out", "help", "split", "plan", "figures", "index"}, flag
+        others = "check first words layers share out help split plan figures index serve compare".split()
+        assert flag in flags.union(others), flag
 
 
 def test_nothing_is_left_to_fill_in():

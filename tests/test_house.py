@@ -3,6 +3,7 @@
 import ast
 import re
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,16 @@ README = (ROOT / "README.md").read_text()
 
 def count_tokens(path: Path) -> int:
     """Python tokens without comments, docstrings and layout, so that squeezing lines gains nothing."""
-    count, at_start = 0, True
+    count, at_start, depth = 0, True, 0
     with path.open("rb") as file:
         for token in tokenize.tokenize(file.readline):
+            kind = tokenize.tok_name[token.type]
+            depth += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+            if kind == "FSTRING_END" or depth > (kind == "FSTRING_START"):
+                continue  # an f-string is one token, in Python 3.12 as in 3.11
             if token.type in (*LAYOUT, tokenize.ENCODING):
                 at_start = True
-            elif token.type == tokenize.STRING and at_start:  # a docstring
+            elif kind in ("STRING", "FSTRING_START") and at_start:  # a docstring
                 at_start = False
             else:
                 count, at_start = count + 1, False
@@ -29,14 +34,15 @@ def count_tokens(path: Path) -> int:
 
 
 def test_ten_scripts_at_the_top():
-    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(CORE)
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(CORE) == installed
 
 
 def test_the_core_can_be_read_in_an_hour():
     paths = [ROOT / f"{name}.py" for name in READ]
     assert sum(map(count_tokens, paths)) <= 15_000
     assert sum(len(path.read_text().splitlines()) for path in paths) <= 2_200
-    assert count_tokens(ROOT / "tree.py") <= 1_350  # one idea, in a file of its own
+    assert count_tokens(ROOT / "tree.py") <= 1_700  # one idea, in a file of its own
     assert len(README.splitlines()) <= 170
 
 
