@@ -267,7 +267,7 @@ WRONG = {
     "maybe": (TRAIN, "--decay maybe", "--decay.*maybe"),
     "a number as a choice": (TRAIN, "--aggregation 1", "--aggregation.*1"),
     "no such device": (TRAIN, "--device tpu", "--device.*tpu.*cuda"),
-    "no such number format": (TRAIN, "--dtype float16", "--dtype.*float16"),
+    "no such number format": (TRAIN, "--dtype float8", "--dtype.*float8"),
     "no such optimizer": (TRAIN, "--optimizer sgd", "--optimizer.*sgd"),
     "no such engine": (EVAL, "--engine llama.cpp", "--engine.*vllm"),
     "no such split": (EVAL, "--split val", "--split.*val.*dev"),

@@ -16,7 +16,7 @@ import torch
 import train
 from agent import Trajectory, Turn
 from flow_grpo import flow_grpo_loss, group_advantages, token_logprobs
-from lab import paper, paper_figures, paper_runs, pretrain, variants
+from lab import paper, paper_figures, paper_runs, pretrain, teacher, variants
 from lab.paper import PaperConfig
 from lab.paper_runs import SCALES, by_id, do, do_all, fingerprint
 from lab.variants import fading_credit, last_turn, sequence_ratio, turn_pooled
@@ -136,7 +136,7 @@ def test_imitation_learns_the_plans_it_is_shown():
     """Fifteen steps on one row make its completion likely: the rows and the loss are what they should be."""
     config = train.Config(model=paper_runs.BACKBONE)
     policy, tokenizer, optimizer = train.build_trainer(config, train.choose_precision(config, "cpu"))
-    plan = pretrain.render_plan("the capital of Zilath is unknown", pretrain.w.find("capital", "Zilath"))
+    plan = teacher.render_plan("the capital of Zilath is unknown", teacher.w.find("capital", "Zilath"))
     ids, begin = pretrain.encoder(tokenizer)("Question: What is the capital of Zilath?", plan)
     row = Turn(ids[:begin], ids[begin:], [0.0] * len(ids[begin:]))
 
