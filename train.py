@@ -267,13 +267,8 @@ def update_policy(
             stats |= {"entropy": (weights * entropy).sum(), "sampler_gap": (weights * gap).sum()}
             sums.update({name: value.item() / share for name, value in stats.items()})  # a Counter adds them up
             sums["loss"] += loss.item()
-        precision.scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).item()
         rate = learning_rate(config, (step - 1) * config.updates_per_step + update)
-        set_learning_rate(optimizer, rate)
-        precision.scaler.step(optimizer)  # leaves an update out, if float16 could not hold its gradient
-        precision.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = take_step(policy, optimizer, rate, precision)
     policy.eval()
     return {**sums, "max_ratio": max_ratio, "grad_norm": grad_norm, "learning_rate": rate}
 
@@ -299,12 +294,19 @@ def learning_rate(config: Config, update: int) -> float:
     return config.learning_rate * share
 
 
-def set_learning_rate(optimizer: Optimizer, value: float) -> None:
+def take_step(policy: Any, optimizer: Optimizer, rate: float, precision: "Precision") -> float:
+    """One optimizer step on the gradients that have been added up -> their norm before it is scaled down."""
     group = optimizer.param_groups[0]
     if isinstance(group["lr"], Tensor):  # torchao compiles its step, and would compile again for each new number
-        group["lr"].fill_(value)
+        group["lr"].fill_(rate)
     else:
-        group["lr"] = value
+        group["lr"] = rate
+    precision.scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).item()
+    precision.scaler.step(optimizer)  # leaves an update out, if float16 could not hold its gradient
+    precision.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm
 
 
 # --- the policy, its engines and its optimizer ------------------------------------------------------------------------

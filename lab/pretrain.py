@@ -50,7 +50,7 @@ from tasks import append, load_corpus, load_examples
 from tinyworld import world as w
 from tinyworld.world import NAMES, OPERATIONS, World
 from tools import UserError
-from train import build_trainer, choose_precision, listen_for_stop, restore, save, set_learning_rate
+from train import build_trainer, choose_precision, listen_for_stop, restore, save, take_step
 from tree import split_rows
 
 BACKBONE = Path(__file__).parent.parent / "tinyworld" / "backbone"
@@ -373,9 +373,9 @@ def teach(config: PretrainConfig) -> None:
     with tqdm(total=config.steps, initial=done, desc="cold start", unit="step") as bar:
         for step, rows in enumerate(steps, start=done + 1):
             rate = min(step / 5, 1 - (step - 1) / config.steps)  # warm-up, then a linear decay
-            set_learning_rate(optimizer, config.learning_rate * min(1.0, rate))
             started = time.time()
-            loss = imitate(policy, optimizer, rows, config, precision)
+            loss = imitate(policy, rows, config, precision)
+            take_step(policy, optimizer, config.learning_rate * rate, precision)
             append(out / "metrics.jsonl", {"step": step, "loss": loss, "rows": len(rows), "t": time.time() - started})
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}")
@@ -412,8 +412,8 @@ def lessons(engine: TransformersEngine, config: PretrainConfig) -> Iterator[list
         yield rows
 
 
-def imitate(policy: Any, optimizer: Any, rows: list, config: PretrainConfig, precision: Any) -> float:
-    """One optimizer step on rows (prompt_ids, completion_ids) -> the mean of -log pi over their tokens."""
+def imitate(policy: Any, rows: list, config: PretrainConfig, precision: Any) -> float:
+    """The gradient on rows (prompt_ids, completion_ids) -> the mean of -log pi over their tokens."""
     total, tokens = 0.0, sum(len(completion) for _, completion in rows)
     policy.train()
     for batch in split_rows([prompt + completion for prompt, completion in rows], config.micro_batch_tokens, policy):
@@ -423,11 +423,6 @@ def imitate(policy: Any, optimizer: Any, rows: list, config: PretrainConfig, pre
         loss = -logprobs[mask].sum() / tokens
         precision.scaler.scale(loss).backward()
         total += loss.item()
-    precision.scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-    precision.scaler.step(optimizer)
-    precision.scaler.update()
-    optimizer.zero_grad(set_to_none=True)
     policy.eval()
     return total
 
@@ -448,7 +443,7 @@ def check_taught(config: PretrainConfig) -> None:
     engine = TransformersEngine(config.out, device)
     frozen = engine if config.roles == "all" else TransformersEngine(BACKBONE, device)
     system = agent.AgentSystem(engine, frozen, load_corpus("tinyworld"), Sandbox(), max_tokens=config.max_tokens)
-    examples = load_examples("tinyworld", "test")[: config.questions or None]
+    examples = load_examples("tinyworld", "test", config.questions)
     figures, _ = evaluate(system, examples, (config.seed, "check"), "check")
     print(table({f"{config.out} as the planner": figures}))
     print(f"readable plans: {100 * (1 - figures['format_error_rate']):.1f} %")
