@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from judge import rules
 from llm import Completion, Lockstep, Request, derive_seed
+from team import team
 from tools import TOOLS, CommandError, ToolEnv, find, find_objects, parse_command, reply, run_tool, tool_metadata
 
 # --- what a question leaves behind ------------------------------------------------------------------------------------
@@ -366,7 +367,7 @@ class AgentSystem:
         `seed` is a key such as (run seed, step). Each planner request adds its question, sample, turn and role.
         """
         lockstep = Lockstep(self.frozen, self.planner)  # see there: frozen first, then all planner prompts at once
-        keys = [(p, g) for p in range(len(questions)) for g in range(group_size)]
+        keys = [(p, g) for p in team().share(range(len(questions))) for g in range(group_size)]
         with tqdm(total=len(keys), desc=label, leave=False) as bar:
 
             async def one(order, p, g):
@@ -375,7 +376,7 @@ class AgentSystem:
                 return trajectory
 
             flat = asyncio.run(lockstep.gather(one(order, *key) for order, key in enumerate(keys)))
-        return [flat[i : i + group_size] for i in range(0, len(flat), group_size)]
+        return team().gather([flat[i : i + group_size] for i in range(0, len(flat), group_size)])
 
     async def run(self, question: str, seed: tuple, lockstep: Lockstep, order: int) -> Trajectory:
         """Run `solve` on one question, as trajectory number `order` of a lockstep."""

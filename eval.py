@@ -26,6 +26,7 @@ from judge import score
 from llm import open_engine
 from sandbox import Sandbox
 from tasks import Example, load_corpus, load_examples
+from team import team
 from tools import TOOLS, UserError, find, find_tools
 
 # --- the command line of every script ---------------------------------------------------------------------------------
@@ -213,6 +214,7 @@ def figures(r: dict) -> dict[str, str]:
     cells |= {f"  {family} (n = {f['n']})": share(f) for family, f in r["by_family"].items()}
     cells["turns per question"] = f"{r['turns']:5.2f}"
     cells |= {f"  {tool}": f"{100 * part:5.1f} %" for tool, part in r["tool_shares"].items()}
+    cells["turns without a usable plan"] = f"{100 * r['format_error_rate']:5.1f} %"
     cells["turns with an error"] = f"{100 * r['tool_error_rate']:5.1f} %"
     cells |= {f"tokens per question, {kind}": f"{count:5,.0f}" for kind, count in r["tokens"].items()}
     return cells
@@ -245,17 +247,22 @@ def planner_folder(path: str) -> str:
 def main(config: EvalConfig) -> None:
     examples = load_examples(config.task, config.split, config.questions)
     system = open_system(config)
+    if team().rank:  # one process writes
+        config.output = ""
     if config.output:
         open(config.output, "a").close()  # a place that cannot be written to shows now
     print(system.sandbox.describe())
     system.frozen = open_engine(config, config.frozen_model)
-    results = {}
+    results, rewards = {}, {}
     for name in config.planners:
         path = planner_folder(name)
         system.planner = None  # frees the last planner
         system.planner = system.frozen if path == config.frozen_model else open_engine(config, path)
-        results[name], _ = evaluate(system, examples, (config.seed, "eval"), name, config.trials)
+        results[name], pairs = evaluate(system, examples, (config.seed, "eval"), name, config.trials)
+        rewards[name] = [trajectory.reward for _, trajectory in pairs]
     print(table(results))
+    if len(rewards) > 1:
+        print(find("lab.paired.against_first", {})(rewards, config.trials))
     if config.output:
         Path(config.output).write_text(json.dumps({"config": asdict(config), "results": results}, indent=2))
         print(f"figures: {config.output}")

@@ -38,6 +38,7 @@ from datetime import date, datetime
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from team import team
 from tools import find
 
 LETTER = r"[^\W\d_]"
@@ -183,12 +184,13 @@ def rules(examples: list, predictions: list[str], frozen: Any) -> list[float]:
 def score(examples: list, groups: list[list], reward: Callable, frozen: Any) -> list[tuple]:
     """Set the reward of each trajectory in groups [question][sample] -> pairs (example, trajectory), in order.
 
-    `reward(examples, predictions, frozen) -> list of float` sees all of them at once. `frozen` is the engine of the
-    frozen modules, so a language model can be the judge without a second copy of its weights.
+    `reward(examples, predictions, frozen) -> list of float` sees all of them at once, or the share of its process.
+    `frozen` is the engine of the frozen modules, so a language model can be the judge without a second copy of its
+    weights.
     """
     pairs = [(example, trajectory) for example, group in zip(examples, groups) for trajectory in group]
-    predictions = [trajectory.answer for _, trajectory in pairs]
-    rewards = reward([example for example, _ in pairs], predictions, frozen)
-    for (_, trajectory), value in zip(pairs, rewards, strict=True):
+    mine = team().share(pairs)
+    rewards = reward([example for example, _ in mine], [trajectory.answer for _, trajectory in mine], frozen)
+    for (_, trajectory), value in zip(pairs, team().gather(rewards), strict=True):
         trajectory.reward = float(value)
     return pairs

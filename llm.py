@@ -5,7 +5,7 @@ The agent and the trainer use an engine through these methods (train.py knows a 
     engine.encode(prompt)           -> prompt_ids, through the tokenizer's chat template
     engine.generate_batch(list)     -> a `Completion` for each `Request`, in order; or, if the engine batches by itself,
     await engine.generate(request)  -> a `Completion`; requests run together as they come
-    engine.load_weights(state)      takes new weights, and drops everything cached from the old ones
+    engine.load_weights(weights)    takes new weights (name, tensor), and drops everything cached from the old ones
     engine.sleep()                  gives memory back to the trainer, until the next `load_weights`
 
     TransformersEngine   in this process, on CPU, CUDA or MPS; repeats bit for bit on a CPU
@@ -164,8 +164,10 @@ class TransformersEngine(Engine):
         """Drop the prompts that were read, with keys and values. Each rollout ends so, as a resumed run has none."""
         self.read = [], None, None  # prompts, their tree, their cache
 
-    def load_weights(self, state_dict: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(state_dict)
+    def load_weights(self, weights: Iterable) -> None:
+        own = self.model.state_dict()
+        for name, weight in weights:
+            own[name].copy_(weight)
         self.forget()
 
     def generate_batch(self, requests: list[Request]) -> list[Completion]:

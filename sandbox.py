@@ -183,7 +183,8 @@ class Sandbox:
         return await running[code]
 
     async def _run(self, code: str) -> str:
-        slots = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(os.cpu_count() or 1))
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes share them
+        slots = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(cores or 1))
         async with slots:
             with scratch_folder() as scratch:
                 process = await asyncio.create_subprocess_exec(

@@ -37,6 +37,7 @@ from flow_grpo import broadcast_to_turns, flow_grpo_loss, group_advantages, row_
 from judge import score
 from llm import EngineError, add_adapter, best_device, derive_seed, load_model, open_engine
 from tasks import Example, append, keep_steps, load_examples, questions_of_step, write_atomically
+from team import team
 from tools import UserError, find
 from tree import split_rows
 
@@ -81,6 +82,7 @@ class Config(SystemConfig):
         "adamw", "optimizer; adamw8bit: moments in 8 bits, stochastic rounding of bfloat16 weights"
     )
     lora_rank: int = setting(0, "rank of a LoRA adapter on all linear layers; 0: all weights are trained")
+    shard: bool = setting(False, "whether the processes of torchrun hold a part of the policy each (FSDP2)")
 
 
 def main(config: Config) -> None:
@@ -93,7 +95,10 @@ def main(config: Config) -> None:
     dev_set = load_examples(config.task, "dev", config.dev_questions)
     test_set = load_examples(config.task, "test", config.test_questions)
     system = open_system(config)
-    start_run(run, config)
+    main_process = team().rank == 0
+    if main_process:
+        start_run(run, config)
+    team().gather([])  # the others wait until the folder is there; only this process writes into it
     if (run / "result.json").exists():
         print(f"{run} is finished; for another run, remove it or name another folder with --run_dir")
         return report(run)
@@ -107,6 +112,7 @@ def main(config: Config) -> None:
     if config.kl_coef and not config.lora_rank:
         ref_policy, _ = load_model(config.model, precision.device, precision.engine)
     print(f"{run} on {precision.device}; {system.sandbox.describe()}")
+    team().announce(policy, run)
     if os.getloadavg()[0] > os.cpu_count() / 2:
         print("the cores are busy: two trainings side by side are many times faster with OMP_NUM_THREADS=1 for each")
 
@@ -117,12 +123,13 @@ def main(config: Config) -> None:
         sync(system.planner, policy, run)
     else:
         result["before"] = run_test(run, "before", system, test_set, config)
-        append(run / "metrics.jsonl", {"step": 0, "test_accuracy": result["before"]["accuracy"]})
+        if main_process:
+            append(run / "metrics.jsonl", {"step": 0, "test_accuracy": result["before"]["accuracy"]})
 
-    track = find("lab.track.open_tracker", {})(config, run) if config.report_to != "none" else lambda *_: None
+    tracked = main_process and config.report_to != "none"
+    track = find("lab.track.open_tracker", {})(config, run) if tracked else lambda *_: None
     stop = listen_for_stop()
     for step in range(first_step, config.steps + 1):
-        torch.manual_seed(derive_seed(config.seed, step))  # for stochastic rounding: a resumed run repeats it
         metrics, lap = {"step": step}, stopwatch()
 
         # --- evaluate on the dev questions, with the policy this step starts from
@@ -151,8 +158,12 @@ def main(config: Config) -> None:
         # --- update: every turn is a row with the advantage of its trajectory (Eq. 4), in the loss of Eq. 5
         system.planner.sleep()  # frees memory for the gradient step; nobody asks an engine until `sync`
         batches = make_batches(trajectories, advantages, config, policy)
+        torch.manual_seed(derive_seed(config.seed, step))  # for stochastic rounding: a resumed run repeats it
         stats = update_policy(policy, ref_policy, optimizer, batches, config, precision, step)
         check_update(step, stats, precision)
+        turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+        for turn, own in zip(turns, team().gather([turn.ref_logprobs for turn in team().share(turns)])):
+            turn.ref_logprobs = own  # for the log: each process has those of its own rows
         metrics["t_update"] = lap()
 
         # --- hand the new weights to the engine
@@ -166,23 +177,27 @@ def main(config: Config) -> None:
             **behaviour(trajectories, system.tools),
             **stats,
         }
-        append(run / "metrics.jsonl", metrics)
-        append(run / "rollouts.jsonl", *(record(step, *pair) for pair in pairs))
-        track(metrics, pairs)
+        if main_process:
+            append(run / "metrics.jsonl", metrics)
+            append(run / "rollouts.jsonl", *(record(step, *pair) for pair in pairs))
+            track(metrics, pairs)
         print(console_line(metrics, config.steps))
         if "dev_accuracy" in metrics:
             print(transcript(*pairs[0]))
 
         # --- save
         result["train_seconds"] += sum(seconds for name, seconds in metrics.items() if name.startswith("t_"))
-        if step % config.eval_every == 0 or step == config.steps or stop:
+        stopping = team().gather(stop)  # if any process was asked to
+        if step % config.eval_every == 0 or step == config.steps or stopping:
             save(run, step, policy, tokenizer, optimizer, result)
-            if stop:
+            if stopping:
                 return print(f"stopped after step {step} and saved; the same command continues")
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # everything is saved: it may end at once
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     result["after"] = run_test(run, "after", system, test_set, config)
+    if not main_process:
+        return None
     find("lab.curves.plot_curves", {})(run)
     write_atomically(run / "result.json", json.dumps(result, indent=2))  # last: a run that has it is finished
     report(run)
@@ -206,6 +221,8 @@ class Batch:
         """logprobs, mask and entropy, (B, T) each."""
         prompts, completions = [t.prompt_ids for t in self.turns], [t.completion_ids for t in self.turns]
         with precision.autocast():
+            if hasattr(model, "unshard"):  # its forward is `token_logprobs`, after the weights have come together
+                return model(prompts, completions, config.temperature)
             return token_logprobs(model, prompts, completions, config.temperature)
 
 
@@ -221,6 +238,7 @@ def make_batches(trajectories: list[Trajectory], advantages: Tensor, config: Con
     needed = list(range(len(turns)))
     if not config.kl_coef:  # then a turn without an advantage adds nothing to the gradient
         needed = row_advantages.nonzero()[:, 0].tolist() or needed
+    needed = team().share(needed)
     batches = []
     for part in split_rows([rows_of_ids[i] for i in needed], config.micro_batch_tokens, policy):
         rows = [needed[i] for i in part]
@@ -228,7 +246,7 @@ def make_batches(trajectories: list[Trajectory], advantages: Tensor, config: Con
         sampled = pad_sequence([torch.tensor(turn.logprobs) for turn in batch], batch_first=True)  # (B, T)
         tensors = (x.to(policy.device) for x in (row_advantages[rows], weights[rows], sampled))
         batches.append(Batch(batch, *tensors))
-    return batches
+    return find("lab.torchrun.level", {})(batches, policy) if config.shard else batches
 
 
 def update_policy(
@@ -247,10 +265,10 @@ def update_policy(
             if ref_policy is policy:
                 policy.enable_adapters()
 
-    share = sum(batch.weights.sum().item() for batch in batches)  # 1, or less if some turns are not needed
+    share = sum(team().gather([batch.weights.sum().item() for batch in batches]))  # 1, less if some are not needed
     policy.train()  # without dropout in these models, it only switches activation checkpointing on
     for update in range(config.updates_per_step):
-        sums, max_ratio = Counter(), 0.0
+        sums, max_ratio = Counter(), 0.0  # of this process
         for batch in batches:
             logprobs, mask, entropy = batch.forward(policy, config, precision)
             if update == 0:  # the policy still is pi_old, so r = 1
@@ -270,7 +288,9 @@ def update_policy(
         rate = learning_rate(config, (step - 1) * config.updates_per_step + update)
         grad_norm = take_step(policy, optimizer, rate, precision)
     policy.eval()
-    return {**sums, "max_ratio": max_ratio, "grad_norm": grad_norm, "learning_rate": rate}
+    parts = team().gather([sums])  # empty for a process without rows
+    total = {name: sum(part[name] for part in parts) for name in max(parts, key=len)}
+    return {**total, "max_ratio": max(team().gather([max_ratio])), "grad_norm": grad_norm, "learning_rate": rate}
 
 
 MAX_GRAD_NORM = 1.0  # a gradient with a larger norm is scaled down to it
@@ -301,6 +321,7 @@ def take_step(policy: Any, optimizer: Optimizer, rate: float, precision: "Precis
         group["lr"].fill_(rate)
     else:
         group["lr"] = rate
+    team().add_gradients(policy)
     precision.scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).item()
     precision.scaler.step(optimizer)  # leaves an update out, if float16 could not hold its gradient
@@ -351,12 +372,14 @@ def open_engines(config: Config, precision: Precision) -> tuple[Any, Any]:
 
 def build_trainer(config: Config, precision: Precision) -> tuple[Any, Any, Optimizer]:
     """(policy, tokenizer, optimizer)."""
-    policy, tokenizer = load_model(config.model, precision.device, precision.weights)
+    policy, tokenizer = load_model(config.model, "cpu" if config.shard else precision.device, precision.weights)
     if config.lora_rank:
         add_adapter(policy, config.lora_rank, config.seed)
     on_gpu = precision.device == "cuda"
     if on_gpu:  # the backward pass computes each layer again: this saves much memory and costs some time
         policy.gradient_checkpointing_enable()
+    if config.shard:
+        find("lab.torchrun.shard", {})(policy, config, precision)
     options = dict(params=policy.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     if config.optimizer == "adamw":
         # On a GPU, AdamW's default would hold one more copy of the weights during each step.
@@ -370,18 +393,20 @@ def build_trainer(config: Config, precision: Precision) -> tuple[Any, Any, Optim
 def sync(engine: Any, policy: Any, run: Path) -> None:
     """Hand the policy's weights to its engine, only the adapter if the engine serves the base as well."""
     if getattr(engine, "lora_rank", 0):
-        policy.save_pretrained(run / "adapter")
-        engine.load_adapter(run / "adapter")
+        folder = run / f"adapter{team().rank or ''}"  # each process hands over its own
+        policy.save_pretrained(folder)
+        engine.load_adapter(folder)
     else:
-        engine.load_weights(policy.state_dict())
+        engine.load_weights(team().weights(policy))
 
 
 def run_test(run: Path, when: str, system: AgentSystem, test_set: list[Example], config: Config) -> dict:
     """Run the test "before" or "after" training -> figures. The folder of the run keeps the trajectories."""
     figures, pairs = evaluate(system, test_set, (config.seed, "test"), f"test {when} training")
     path, step = run / f"test_{when}.jsonl", 0 if when == "before" else config.steps
-    path.unlink(missing_ok=True)
-    append(path, *(record(step, *pair) for pair in pairs))
+    if not team().rank:
+        path.unlink(missing_ok=True)
+        append(path, *(record(step, *pair) for pair in pairs))
     return figures
 
 
@@ -440,7 +465,8 @@ def report(run: Path) -> None:
     with whole(run / "result.json"):
         result = json.loads((run / "result.json").read_text())
         print(table({"before": result["before"], "after": result["after"]}))
-        print(f"trained in {result['train_seconds']:.0f} s; {run} has curves.png, rollouts.jsonl and checkpoint")
+        end = f"trained in {result['train_seconds']:.0f} s; {run} has curves.png, rollouts.jsonl and checkpoint"
+    print(find("lab.paired.line_of_run", {})(run), end, sep="\n")
 
 
 # --- the folder of a run ----------------------------------------------------------------------------------------------
@@ -467,13 +493,16 @@ def start_run(run: Path, config: Config) -> None:
 
 def save(run: Path, step: int, policy, tokenizer, optimizer, result: dict) -> None:
     """Replace checkpoint/ as a whole: a kill at any moment leaves the new one or the last one."""
-    if not all(parameter.isfinite().all() for parameter in policy.parameters()):
-        raise EngineError(f"step {step}: a weight is nan or infinite; this step is not saved")
     new, current, old = run / "checkpoint.new", run / "checkpoint", run / "checkpoint.old"
+    weights, state = team().snapshot(policy, optimizer)
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise EngineError(f"step {step}: a weight is nan or infinite; this step is not saved")
+    if team().rank:
+        return
     shutil.rmtree(new, ignore_errors=True)
-    policy.save_pretrained(new)
+    policy.save_pretrained(new, state_dict=weights)
     tokenizer.save_pretrained(new)
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), "result": result}, new / "trainer.pt")
+    torch.save({"step": step, "optimizer": state, "result": result}, new / "trainer.pt")
     shutil.rmtree(old, ignore_errors=True)
     if current.exists():
         current.rename(old)
@@ -489,9 +518,8 @@ def restore(run: Path, policy: Any, optimizer: Optimizer) -> tuple[int, dict]:
     if not current.exists():
         return 0, {"train_seconds": 0.0}
     with whole(current):
-        trainer = torch.load(current / "trainer.pt", weights_only=True)
-        policy.load_state_dict(load_model(current)[0].state_dict())
-        optimizer.load_state_dict(trainer["optimizer"])
+        trainer = torch.load(current / "trainer.pt", map_location="cpu", weights_only=True)
+        team().restore(policy, optimizer, load_model(current)[0].state_dict(), trainer["optimizer"])
         assert range(trainer["step"]), "no step is in it"
         return trainer["step"], dict(trainer["result"])
 
@@ -499,8 +527,9 @@ def restore(run: Path, policy: Any, optimizer: Optimizer) -> tuple[int, dict]:
 def resume(run: Path, policy: Any, optimizer: Optimizer) -> tuple[int, dict]:
     """(next step, result so far) from the last checkpoint, if there is one. Log lines of later steps are dropped."""
     done, result = restore(run, policy, optimizer)
-    keep_steps(run / "metrics.jsonl", done)
-    keep_steps(run / "rollouts.jsonl", done)
+    if not team().rank:
+        keep_steps(run / "metrics.jsonl", done)
+        keep_steps(run / "rollouts.jsonl", done)
     return done + 1, result
 
 

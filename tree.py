@@ -152,7 +152,7 @@ class RowCache(DynamicLayer):
 
 def split_rows(rows: list, max_tokens: int, model: Any) -> list[list[int]]:
     """Split row indices into passes of at most max_tokens nodes. A row that is longer gets a pass of its own."""
-    if not has_trees(model):
+    if not rows or not has_trees(model):
         return micro_batches([len(row) for row in rows], max_tokens)
     order, _, new = sort_rows(rows)
     batches, size = [], 0

@@ -202,7 +202,7 @@ def learn_from_teacher(run: Run, folder: Path) -> dict:
             rows.append(Turn(ids[:begin], ids[begin:], [0.0] * (len(ids) - begin)))
     fine_tune(policy, optimizer, rows, settings["epochs"], run.seed)
     student = TransformersEngine(BACKBONE)
-    student.load_weights(policy.state_dict())
+    student.load_weights(policy.state_dict().items())
     test_set, record = load_examples("tinyworld", "test", settings["test_questions"]), {}
     for name, planner in (("teacher", teacher), ("student", student)):
         record[name], _ = evaluate(replace(system, planner=planner), test_set, (run.seed, "test"))

@@ -5,13 +5,14 @@ import copy
 import itertools
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
 from llm import Completion, Engine, EngineError, Request
+from team import team
 
 VLLM_SETTINGS = {  # vLLM reads them once, at its import
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights are handed over in memory, not through a socket
@@ -47,6 +48,8 @@ class VLLMEngine(Engine):
         if device != "cpu":  # no piecewise CUDA graphs: a new engine would clear them in all other engines
             options = dict(gpu_memory_utilization=memory_share, enable_sleep_mode=can_sleep, max_num_seqs=512)
             options["compilation_config"] = {"cudagraph_mode": "FULL_DECODE_ONLY"}
+        if team().world_size > 1:  # one whole engine in each process of torchrun
+            options["distributed_executor_backend"] = "external_launcher"
         if lora_rank:
             rank = 1 << (max(8, lora_rank) - 1).bit_length()  # the next power of two: vLLM takes no others
             # On a CPU, if other rows have an adapter, a row without one reads slot -1, the last: keep that one empty.
@@ -119,9 +122,9 @@ class VLLMEngine(Engine):
             self.waiting.clear()
             self.futures.clear()
 
-    def load_weights(self, state_dict: dict[str, Tensor]) -> None:
+    def load_weights(self, weights: Iterable) -> None:
         self._wake("weights")
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state_dict.items())})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         self._wake("kv_cache")  # not sooner, as memory has held old and new weights until here
         self._forget()
 

@@ -21,6 +21,8 @@ import tools
 from eval import EvalConfig
 from lab.bench import BenchConfig
 from lab.benchmark import BenchmarkConfig
+from lab.paired import PairedConfig
+from lab.torchrun import ScaleConfig
 from tasks import load_examples
 from train import Config
 
@@ -32,6 +34,7 @@ PAGES = [
     "docs/fork.md",
     "docs/metrics.md",
     "docs/paper.md",
+    "docs/scale.md",
     "docs/speedrun.md",
     "recipes/README.md",
     "tinyworld/README.md",
@@ -52,6 +55,8 @@ RUN_ELSEWHERE = [  # by tests of their own, or they need a GPU, the network or m
     "python -m lab.prepare",
     "python -m lab.smollm2",
     "python -m lab.speedrun",
+    "python -m lab.torchrun",
+    "python train.py --engine vllm",
     "python -m lab.bench --shape",
     "python eval.py --task data/",
 ]
@@ -147,10 +152,10 @@ def test_names_and_files_exist(page):
         made_by_users = Path(name).name.startswith("my_") or name in ("report.html", "index.html")
         assert made_by_users or (ROOT / name).exists() or (ROOT / page).with_name(name).exists(), name
     flags = set()
-    for config in (Config, EvalConfig, BenchConfig, BenchmarkConfig):
+    for config in (Config, EvalConfig, BenchConfig, BenchmarkConfig, PairedConfig, ScaleConfig):
         flags |= set(config.__dataclass_fields__)
     for flag in re.findall(r"`[^`]*--(\w+)", text):
-        others = "check first words layers share out help split plan figures index serve compare".split()
+        others = "check first words layers share out help split plan figures index serve compare nproc shutdown".split()
         assert flag in flags.union(others), flag
 
 

@@ -293,7 +293,7 @@ def test_new_weights_change_the_samples_and_only_this_engine(rows):
     noise = torch.Generator().manual_seed(0)
     state = {k: v + 0.3 * v.std() * torch.randn(v.shape, generator=noise) for k, v in engine.model.state_dict().items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied
-    engine.load_weights(state)
+    engine.load_weights(state.items())
     assert [c.completion_ids for c in engine.generate_batch(requests)] != before
     assert [c.completion_ids for c in other.generate_batch(requests)] == before
 

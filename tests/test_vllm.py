@@ -47,7 +47,7 @@ def frozen():
 @pytest.fixture
 def engine(frozen, shared):
     """A second engine in the same process, with the initial weights."""
-    shared.load_weights(TransformersEngine(BACKBONE, DEVICE).model.state_dict())
+    shared.load_weights(TransformersEngine(BACKBONE, DEVICE).model.state_dict().items())
     return shared
 
 
@@ -148,7 +148,7 @@ def test_the_gap_stays_closed_over_twenty_updates(engine, frozen, prompts):
                 if update < 19 or "embed_tokens" in name:
                     step = torch.randn(parameter.shape, generator=noise, device=DEVICE)
                     parameter += 0.02 * parameter.std() * step
-        engine.load_weights(model.state_dict())
+        engine.load_weights(model.state_dict().items())
         assert gap(model, sampled(engine, prompts[:16])) < 1e-4
         assert [c.logprobs for c in generate(engine, greedy)] != before
     assert [c.completion_ids for c in generate(frozen, greedy)] == [c.completion_ids for c in untouched]
@@ -175,7 +175,7 @@ def test_one_engine_serves_base_and_adapter(lora, frozen, prompts, tmp_path):
     again = VLLMEngine(tmp_path / "adapter", DEVICE, LORA_DTYPE, memory_share=0.1)
     assert gap(policy, sampled(again, prompts[:16])) < LORA_GAP
     plain = TransformersEngine(BACKBONE, DEVICE, lora_rank=8)
-    plain.load_weights(policy.state_dict())
+    plain.load_weights(policy.state_dict().items())
     assert gap(plain.model, mixed[0]) < LORA_GAP
 
 
@@ -246,7 +246,7 @@ def test_an_adapter_run_that_was_stopped_resumes(tmp_path, monkeypatch):
 
 def test_stale_weights_stop_the_run(tmp_path):
     options = TINY | dict(steps=6, learning_rate=3e-3, engine="vllm")
-    forgetful = "import lab.vllm_engine as v; v.VLLMEngine.load_weights = lambda self, state_dict: None"
+    forgetful = "import lab.vllm_engine as v; v.VLLMEngine.load_weights = lambda self, weights: None"
     done = train_apart(train.Config(run_dir=str(tmp_path / "run"), **options), forgetful)
     assert done.returncode and "sampler_gap is" in done.stderr
 
