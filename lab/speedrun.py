@@ -1,9 +1,11 @@
 """Seconds to 90 %: the default run with seeds 0 to 4, and whether it is a record by the rules of docs/speedrun.md.
 
 python -m lab.speedrun                          # runs/speedrun; stopped, the same command goes on
+python -m lab.speedrun --processes 2            # each run under torchrun, with a process per core
 python -m lab.speedrun --learning_rate 5e-4     # all flags of train.py, for a try
 """
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -27,11 +29,17 @@ def verdict(results: list[dict]) -> str:
     return f"{row} ({times} s): " + ("valid" if valid else f"not valid: median {MEDIAN:.0%}, each {EACH:.0%} at least")
 
 
-def main(flags: list[str]) -> None:
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Five runs; all other flags go to train.py.", allow_abbrev=False)
+    parser.add_argument("--processes", type=int, default=1, help="processes of each run, under torchrun if not 1")
+    options, flags = parser.parse_known_args(arguments)
+    launcher = [sys.executable]
+    if options.processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(options.processes), "--standalone"]
     results = []
     for seed in SEEDS:
         run = Path("runs") / "speedrun" / f"seed{seed}"
-        command = [sys.executable, "train.py", *flags, "--seed", str(seed), "--run_dir", str(run)]
+        command = [*launcher, "train.py", *flags, "--seed", str(seed), "--run_dir", str(run)]
         if subprocess.run(command, cwd=Path(__file__).parent.parent).returncode or not (run / "result.json").exists():
             raise UserError(f"{run} did not end: the same command goes on")
         results.append(json.loads((run / "result.json").read_text()))

@@ -34,8 +34,9 @@ def test_it_runs_five_seeds_with_the_flags_and_stops_at_the_first_that_fails(tmp
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", run)
-    speedrun.main(["--steps", "9"])
-    assert [c[c.index("--seed") + 1] for c in commands] == list("01234") and all("--steps" in c for c in commands)
+    speedrun.main(["--steps", "9", "--processes", "2"])
+    assert [c[c.index("--seed") + 1] for c in commands] == list("01234")
+    assert all(" --nproc-per-node 2 --standalone train.py --steps 9 --seed " in " ".join(c) for c in commands)
     assert capsys.readouterr().out.endswith(": valid\n")
     monkeypatch.chdir("/")
     commands += [None] * 5
