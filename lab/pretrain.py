@@ -77,7 +77,7 @@ class PretrainConfig(Ranged):
     roles: Literal["planner", "all"] = setting("planner", "roles to teach; planner: the backbone plays the others")
     questions_per_step: int = setting(4, "transcripts per step, each with all its turns", low=1)
     plans: int = setting(4, "plans for each prompt, from which the model learns", low=1)
-    skill: float = setting(0.2, "share of ideal plans; the others are clumsy", high=1)
+    skill: float = setting(0.1, "share of ideal plans; the others are clumsy", high=1)
     learning_rate: float = setting(1e-4, "peak learning rate of AdamW")
     lora_rank: int = setting(0, "rank of a LoRA adapter, merged into the weights at the end; 0: all weights")
     dtype: Literal["auto", "float32", "mixed", "float16", "bfloat16"] = setting("auto", "number format, as in train.py")
@@ -87,6 +87,7 @@ class PretrainConfig(Ranged):
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device")
     questions: int = setting(200, "test questions of the check at the end; 0: all")
     max_tokens: int = setting(96, "tokens of one completion in the check, at most", low=1)
+    shard = False  # one process has the whole model
 
 
 def main(config: PretrainConfig) -> None:

@@ -26,5 +26,5 @@ MODEL=${MODEL:-models/smollm2-135m-planner}
 python train.py --model "$MODEL" --frozen_model tinyworld/backbone --run_dir "runs/smollm2-135m-${TASK##*/}" --task "$TASK" \
     --questions_per_step 8 --group_size 8 --steps 12 --max_tokens 96 \
     --learning_rate 1.5e-5 --warmup_steps 0 --updates_per_step 1 --kl_coef 0 --micro_batch_tokens 4096 \
-    --eval_every 3 --dev_questions 24 --test_questions 200 \
+    --eval_every 4 --dev_questions 24 --test_questions 200 \
     "${@:2}"
