@@ -155,7 +155,7 @@ def test_names_and_files_exist(page):
     for config in (Config, EvalConfig, BenchConfig, BenchmarkConfig, PairedConfig, ScaleConfig):
         flags |= set(config.__dataclass_fields__)
     for flag in re.findall(r"`[^`]*--(\w+)", text):
-        others = "check first words layers share out help split plan figures index serve compare nproc shutdown".split()
+        others = "check first words layers share out help split plan figures index serve compare nproc shutdown processes".split()
         assert flag in flags.union(others), flag
 
 
