@@ -95,7 +95,7 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             text = {"text": "\r" if key == "Enter" else key} if kind == "keyDown" and key in ("Enter", "j", "k") else {}
             self.call("Input.dispatchKeyEvent", type=kind, key=key, **text)
-        self.js("new Promise((done) => setTimeout(done, 50))")  # a changed address is seen a moment later
+        time.sleep(0.2)  # a changed address is seen a moment later; it may even load the page anew
 
     def complaints(self) -> list:
         """Console messages, errors, dialogs, and requests for anything but the page itself."""
