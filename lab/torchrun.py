@@ -130,13 +130,16 @@ def shard(policy: Any, config: Any, precision: Any) -> None:
 def level(batches: list, policy: Any) -> list:
     """As many batches in each process, because all must call each layer equally often. Those added weigh nothing."""
 
-    def moved(batch: Any, device: Any, weight: float) -> Any:
-        advantages, weights, sampled = batch.advantages, weight * batch.weights, batch.sampler_logprobs
-        return type(batch)(batch.turns, advantages.to(device), weights.to(device), sampled.to(device))
+    counts = team().gather([len(batches)])
+    if min(counts) == max(counts):
+        return batches
 
-    most = max(team().gather([len(batches)]))
-    blank = team().gather([moved(batch, "cpu", 0.0) for batch in batches[:1]])[0]  # one without rows has none to copy
-    return batches + [moved(blank, policy.device, 0.0)] * (most - len(batches))
+    def weightless(batch: Any, device: Any) -> Any:
+        tensors = (batch.advantages, 0 * batch.weights, batch.sampler_logprobs)
+        return type(batch)(batch.turns, *(x.to(device) for x in tensors))
+
+    blank = team().gather([weightless(batch, "cpu") for batch in batches[:1]])[0]  # a process without rows has none
+    return batches + [weightless(blank, policy.device)] * (max(counts) - len(batches))
 
 
 # --- the end of a process ---------------------------------------------------------------------------------------------

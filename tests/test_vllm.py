@@ -20,7 +20,6 @@ pytest.importorskip("vllm", reason="vllm is not installed: pip install -r requir
 import train
 from agent import PLANNER_PROMPT, AgentSystem, toolbox
 from flow_grpo import token_logprobs
-from lab import smollm2
 from lab.http_engine import HTTPEngine
 from lab.pretrain import BACKBONE
 from lab.vllm_engine import VLLMEngine
@@ -262,18 +261,6 @@ def test_eight_bit_moments_and_bfloat16_weights(tmp_path):
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def real_model(tmp_path_factory):
-    """SmolLM2-135M: a real tokenizer and chat template."""
-    try:
-        smollm2.find_gguf()
-    except UserError as error:
-        pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("models") / "smollm2-135m"
-    smollm2.main(smollm2.SmolConfig(str(folder)))
-    return str(folder)
 
 
 def test_a_real_model_writes_the_same(real_model, prompts):

@@ -17,32 +17,25 @@ def test_without_its_packages(monkeypatch):
         smollm2.find_gguf()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    try:
-        smollm2.find_gguf()
-    except UserError as error:
-        pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("models") / "smollm2"
-    smollm2.main(smollm2.SmolConfig(str(folder)))
-    return folder
-
-
-def test_the_folder(folder, tmp_path):
-    load_model(folder)[0].save_pretrained(tmp_path)  # as train.py does; a model marked as quantised refuses
-    assert "Paris" in smollm2.ask(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def test_the_folder(real_model, tmp_path):
+    load_model(real_model)[0].save_pretrained(tmp_path)  # as train.py does; a model marked as quantised refuses
+    assert "Paris" in smollm2.ask(real_model)
+    tokenizer = AutoTokenizer.from_pretrained(real_model)
     assert tokenizer.eos_token == smollm2.END and tokenizer.eos_token_id == 2
-    assert AutoConfig.from_pretrained(folder).eos_token_id == GenerationConfig.from_pretrained(folder).eos_token_id == 2
+    assert (
+        AutoConfig.from_pretrained(real_model).eos_token_id
+        == GenerationConfig.from_pretrained(real_model).eos_token_id
+        == 2
+    )
     assert [tokenizer.decode(i) for i in tokenizer("2024")["input_ids"]] == ["2", "0", "2", "4"]
     with pytest.raises(UserError, match="is not empty"):
-        smollm2.main(smollm2.SmolConfig(str(folder)))
+        smollm2.main(smollm2.SmolConfig(real_model))
 
 
-def test_trees_are_exact_with_a_real_model(folder):
+def test_trees_are_exact_with_a_real_model(real_model):
     """Log-probs and gradient of trees equal those of plain rows within 1e-5 of the largest."""
-    model, _ = load_model(folder)
-    engine = TransformersEngine(folder)
+    model, _ = load_model(real_model)
+    engine = TransformersEngine(real_model)
     start = list(engine.encode("Who is the mayor of the capital of Vibel?"))
     prompts = [start, start, [*start, 260, 261], [*start, 260, 262]]
     completions = [[300, 301, 2], [300, 302, 303, 2], [300], [260, 261]]

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,10 +26,10 @@ from lab.pretrain import BACKBONE
 from lab.torchrun import ScaleConfig, Team, traffic
 from llm import Request, TransformersEngine
 from team import Alone, team
+from tests.test_train import ROOT, flags, wait_for_steps
 from tools import UserError
 from train import Config
 
-ROOT = Path(__file__).parent.parent.parent
 SMALL = dict(steps=5, questions_per_step=5, group_size=2, max_turns=3, eval_every=2, dev_questions=2, test_questions=1)
 
 
@@ -232,20 +231,9 @@ def ask_to_stop(config: Config, step: int) -> None:
 
 
 def torchrun(config: Config, world_size: int = 2) -> subprocess.Popen:
-    values = {name: value if isinstance(value, list) else [value] for name, value in asdict(config).items()}
-    flags = [word for name, words in values.items() for word in (f"--{name}", *map(str, words))]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size), "--standalone"]
-    command += ["--shutdown-timeout", "100", "train.py", *flags]
+    command += ["--shutdown-timeout", "100", "train.py", *flags(config)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(run: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.time() + 120
-    while process.poll() is None and time.time() < deadline:
-        if (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
-            return
-        time.sleep(0.02)
-    pytest.fail(f"the run did not reach step {step}: {process.communicate()}")
 
 
 def workers(process: subprocess.Popen) -> dict[int, int]:
@@ -262,7 +250,7 @@ def workers(process: subprocess.Popen) -> dict[int, int]:
 def test_a_killed_process_ends_the_others_and_the_last_checkpoint_is_whole(alone, tmp_path):
     run = tmp_path / "run"
     process = torchrun(small(run))
-    wait_for(run, 3, process)
+    wait_for_steps(run, 3, process)
     ids = workers(process)
     os.kill(ids[1], signal.SIGKILL)
     killed = time.time()
