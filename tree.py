@@ -28,7 +28,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-BLOCK = 128  # nodes of a tree whose attention is computed together
+BLOCK = 128  # queries of a tree that share their keys
+AT_ONCE = {"cpu": 4}  # blocks in one call of the attention. A GPU takes 128: pads cost it less than many calls
 
 
 @dataclass
@@ -62,13 +63,8 @@ def plant(rows: list, model: torch.nn.Module, known: int = 0) -> Tree:
     held[nodes[:known][nodes[:known] >= 0]] = True
     held[nodes[known:].amax(dim=1)] = False  # somebody needs the state of these
     reads = (~held).nonzero()[:, 0]  # (M,)
-    blocks, n = [], torch.arange(size)
-    for m in reads[:, None].split(BLOCK):  # (Q, 1)
-        sees = (n <= m) & (m < end)  # (Q, N)
-        keys = sees.any(dim=0).nonzero()[:, 0]  # (K,), the nodes that no query of the block sees are left out
-        blocks.append((keys.to(model.device), sees[:, keys].to(model.device)))
     tokens, positions = ids[new][None, reads].to(model.device), new.nonzero()[None, reads, 1].to(model.device)  # (1, M)
-    inputs = {"input_ids": tokens, "position_ids": positions, "tree": blocks}
+    inputs = {"input_ids": tokens, "position_ids": positions, "tree": blocks_of(reads, end, model.device)}
     inputs["attention_mask"] = tokens.new_empty(1, 1, 0, 0)  # of four dimensions: the library makes no mask of its own
     return Tree(inputs, nodes.to(model.device), reads.to(model.device))
 
@@ -83,18 +79,32 @@ def sort_rows(rows: list) -> tuple[list[int], Tensor, Tensor]:
     return order, ids, new
 
 
+def blocks_of(reads: Tensor, end: Tensor, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Groups of C blocks of Q queries: the K nodes that each block takes as keys, (C, K), and which of them each query
+    sees, (C, 1, Q, K). First come the keys that some query of the block may descend from; pads are others, unseen."""
+    groups, blocks = [], pad(reads[None], (0, -len(reads) % BLOCK), mode="replicate").view(-1, BLOCK, 1)
+    for queries in blocks.split(AT_ONCE.get(device.type, 128)):  # (C, Q, 1)
+        near = (torch.arange(len(end)) <= queries[:, -1]) & (queries[:, 0] < end)  # (C, N)
+        keys = near.byte().argsort(dim=1, descending=True, stable=True)[:, : near.sum(dim=1).max()]  # (C, K)
+        sees = (keys[:, None] <= queries) & (queries < end[keys][:, None])  # (C, Q, K)
+        groups.append((keys.to(device), sees[:, None].to(device)))
+    return groups
+
+
 def tree_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, tree=None, **options):
-    """Attention of (1, H, N, D) queries, block by block over the keys that a block sees. Without a tree: SDPA."""
+    """Attention of (1, H, M, D) queries: batches of blocks, each over its own keys. Without a tree: SDPA."""
     if tree is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    parts = zip(query.split(BLOCK, dim=2), tree)
-    outputs = [
-        sdpa_attention_forward(module, q, key[:, :, keys], value[:, :, keys], sees[None, None], **options)[0]
-        for q, (keys, sees) in parts
-    ]
-    return torch.cat(outputs, dim=1), None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (M, H, D), (N, H, D)
+    outputs, queries = [], pad(query, (0, 0, 0, 0, 0, -len(query) % BLOCK)).unflatten(0, (-1, BLOCK))
+    for q, (keys, sees) in zip(queries.split(len(tree[0][0])), tree):  # (C, Q, H, D), (C, K), (C, 1, Q, K)
+        k, v = (x.index_select(0, keys.flatten()).unflatten(0, keys.shape) for x in (key, value))  # (C, K, H, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        outputs.append(sdpa_attention_forward(module, q, k, v, sees, **options)[0])  # (C, Q, H, D)
+    return torch.cat(outputs).flatten(0, 1)[None, : len(query)], None
 
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length: on an H200, rollouts took 11 times as long
 AttentionInterface.register("tree", tree_attention)
 AttentionMaskInterface.register("tree", sdpa_mask)  # for all passes without a tree
 

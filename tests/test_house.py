@@ -42,7 +42,7 @@ def test_the_core_can_be_read_in_an_hour():
     paths = [ROOT / f"{name}.py" for name in READ]
     assert sum(map(count_tokens, paths)) <= 15_000
     assert sum(len(path.read_text().splitlines()) for path in paths) <= 2_200
-    assert count_tokens(ROOT / "tree.py") <= 1_700  # one idea, in a file of its own
+    assert count_tokens(ROOT / "tree.py") <= 2_000  # one idea, in a file of its own
     assert count_tokens(ROOT / "team.py") <= 210
     assert len(README.splitlines()) <= 170
 

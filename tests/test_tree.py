@@ -58,15 +58,16 @@ def test_the_tree_of_the_docstring():
     assert grown.inputs["position_ids"].tolist() == [[0, 1, 2, 2, 3, 0]]
     assert grown.nodes.tolist() == [[5, -1, -1, -1], [0, 1, 3, 4], [0, 1, 2, -1]]
     ((keys, sees),) = grown.inputs["tree"]
-    assert keys.tolist() == [0, 1, 2, 3, 4, 5]
+    assert keys.tolist() == [[0, 1, 2, 3, 4, 5]]
     seen = [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5]]
-    assert [row.nonzero().flatten().tolist() for row in sees] == seen
+    assert [row.nonzero().flatten().tolist() for row in sees[0, 0, :6]] == seen
 
 
-@pytest.mark.parametrize("block", [1, 7, 128])
+@pytest.mark.parametrize(("block", "at_once"), [(1, 1), (7, 1), (7, 4), (128, 1)])
 @pytest.mark.parametrize("family", [(Qwen2ForCausalLM, Qwen2Config), (LlamaForCausalLM, LlamaConfig)])
-def test_numbers_and_gradient_are_those_of_plain_rows(family, block, monkeypatch):
+def test_numbers_and_gradient_are_those_of_plain_rows(family, block, at_once, monkeypatch):
     monkeypatch.setattr(tree, "BLOCK", block)
+    monkeypatch.setattr(tree, "AT_ONCE", {"cpu": at_once})  # several, with pads, as on a GPU
     model, rows = random_model(*family), growing_rows()
     shared = loss_and_gradient(model, *rows)
     assert plant([p + c for p, c in zip(*rows)], model).inputs["input_ids"].numel() < sum(map(len, rows[0])) / 2
@@ -84,8 +85,9 @@ def test_flex_attention_agrees(monkeypatch):
     inputs = plant(rows, model).inputs
     n = inputs["input_ids"].numel()
     sees = torch.zeros(n, n, dtype=torch.bool)
-    for (keys, part), queries in zip(inputs["tree"], torch.arange(n).split(tree.BLOCK)):
-        sees[queries[:, None], keys] = part
+    ((blocks_of_keys, parts),) = inputs["tree"]
+    for keys, part, queries in zip(blocks_of_keys, parts, torch.arange(n).split(tree.BLOCK)):
+        sees[queries[:, None], keys] = part[0, : len(queries)]
     end = n - sees.flip(0).int().argmax(dim=0)  # one past the last node that sees m
 
     def mask(batch, head, query, key):
@@ -99,6 +101,11 @@ def test_flex_attention_agrees(monkeypatch):
         )  # fmt: skip
         monkeypatch.setitem(tree.AttentionInterface._global_mapping, "tree", flex)
         torch.testing.assert_close(model.model(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cudnn_is_out_of_the_way():
+    """It plans anew for each length, so each new token of a batch would cost a plan."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_equal_rows_cost_one_row_and_get_one_gradient():

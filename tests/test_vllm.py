@@ -192,7 +192,7 @@ def generate_both(planner, base, prompts):
 
 TINY = dict(
     steps=3, questions_per_step=6, group_size=8, max_turns=2, eval_every=2, dev_questions=4,
-    test_questions=6, engine_memory=0.1, device=DEVICE, dtype="float32",
+    test_questions=6, updates_per_step=1, engine_memory=0.1, device=DEVICE, dtype="float32",
 )  # fmt: skip
 
 
