@@ -1,0 +1,307 @@
+"""When does imitation collapse? Fine-tuning on a planner's successes, with one thing changed at a time.
+
+    python -m lab.imitation                                      # all ways, seeds 0 and 1; writes runs/imitation/
+    python -m lab.imitation --ways privileged-tool --seeds 0
+
+In the paper's Table 3, fine-tuning on the successes of GPT-4o halves the accuracy of the frozen planner. The paper does
+not say how the traces were made. Each way below is a possible cause, with what we expected before we ran it. Every
+trace is an honest success of its teacher: the judge has accepted its answer. What a teacher has beyond the student's
+means stands in its class. docs/imitation.md has the results.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from agent import GENERATOR_PROMPT, VERIFIER_PROMPT, AgentSystem, Trajectory, Turn
+from eval import evaluate, run_main, setting
+from flow_grpo import token_logprobs
+from lab.paired import paired
+from lab.paper_runs import BACKBONE, fine_tune
+from lab.pretrain import encoder
+from lab.teacher import ANSWER, STOP, TEST_WORLD, IdealPlanner, expression, literals
+from llm import Completion, Request, TransformersEngine, load_model
+from sandbox import Sandbox
+from tasks import load_corpus, load_examples, write_atomically
+from tinyworld.world import NAMES, Question, World, find
+from tools import BASE_GENERATOR_PROMPT, TOOLS, UserError
+from tree import split_rows
+
+# --- teachers ---------------------------------------------------------------------------------------------------------
+
+
+class Peer(IdealPlanner):
+    """Sees what the student sees, and takes the ideal step in three of four turns."""
+
+    skill = 0.75
+
+    def __init__(self, questions: list[Question], world: World):
+        super().__init__(questions, world, self.skill)
+        self.world = world
+
+    def reply(self, prompt: str) -> str | None:
+        """What a frozen module of this teacher says where the student's would not know. None: it is the student's."""
+        return None
+
+
+class PrivilegedTool(Peer):
+    """Its Base_Generator knows the world, as a large model does. So it asks Base_Generator where Search is needed."""
+
+    skill = 1.0
+
+    def _plan(self, prompt: str, seed: int) -> Completion:
+        plan = super()._plan(prompt, seed)
+        text = plan.text.replace("Tool Name: Search", "Tool Name: Base_Generator")
+        return replace(plan, completion_ids=[text], text=text)
+
+    def reply(self, prompt: str) -> str | None:
+        before, after = literals(BASE_GENERATOR_PROMPT)[0], re.search(r" of (\w+)$", prompt)
+        if not prompt.startswith(before) or not after or after[1] not in self.world.articles:
+            return None
+        return f"{after[1]}: {self.world.articles[after[1]]}"
+
+
+class PrivilegedFacts(Peer):
+    """Knows the first facts of a chain, so it looks up only the last one. Its verifier and generator know them too."""
+
+    skill = 1.0
+
+    def _plan(self, prompt: str, seed: int) -> Completion:
+        question = self.teachers[asked(prompt)].question
+        if not question.family.endswith("-hop"):
+            return super()._plan(prompt, seed)
+        last = question.facts[-1]
+        step = find(last.relation, last.subject)
+        text = f"Justification: {expression(step)} is unknown.\nContext: {step.context}\nSub-Goal: {step.sub_goal}"
+        text += f"\nTool Name: {step.tool}"
+        return Completion([prompt], [text], [0.0], text, "stop", usage=(0, 0))
+
+    def reply(self, prompt: str) -> str | None:
+        is_verifier = prompt.startswith(literals(VERIFIER_PROMPT)[0])
+        if not is_verifier and not prompt.startswith(literals(GENERATOR_PROMPT)[0]):
+            return None
+        question = self.teachers[asked(prompt)].question
+        last = question.facts[-1] if question.family.endswith("-hop") else None
+        if not last or f"\nResult: {last.subject}: " not in prompt:
+            return None
+        return f"the {last.relation} of {last.subject} is {last.value}" + (
+            STOP if is_verifier else ANSWER.format(last.value)
+        )
+
+
+class Bare(Peer):
+    """Justifies nothing: its plans leave out the facts found so far."""
+
+    def _plan(self, prompt: str, seed: int) -> Completion:
+        return restyled(super()._plan(prompt, seed), "none")
+
+
+class Wordy(Peer):
+    """Begins each justification with the same forty letters, which the student must spell one by one."""
+
+    def _plan(self, prompt: str, seed: int) -> Completion:
+        plan = super()._plan(prompt, seed)
+        why = re.match(r"Justification: (.*)", plan.text)
+        return restyled(plan, "Let us think step by step, as experts do: " + (why[1].rstrip(".") if why else ""))
+
+
+def restyled(plan: Completion, why: str) -> Completion:
+    text = re.sub(r"^Justification: .*", lambda _: f"Justification: {why}.", plan.text)
+    return replace(plan, completion_ids=[text], text=text)
+
+
+def asked(prompt: str) -> str:
+    """The question of a module's prompt."""
+    return prompt.split("\nQuestion: ")[1].split("\n")[0]
+
+
+class Informed:
+    """A frozen engine in front of which a teacher answers what the engine cannot know."""
+
+    def __init__(self, engine: Any, teacher: Peer):
+        self.engine, self.teacher = engine, teacher
+
+    def encode(self, prompt: str) -> tuple[int, ...] | str:
+        reply = self.teacher.reply(prompt)
+        return self.engine.encode(prompt) if reply is None else reply
+
+    def generate_batch(self, requests: list[Request]) -> list[Completion]:
+        own = iter(self.engine.generate_batch([r for r in requests if not isinstance(r.prompt_ids, str)]))
+        said = lambda text: Completion([], [], [], text, "stop", usage=(0, 0))  # noqa: E731
+        return [said(r.prompt_ids) if isinstance(r.prompt_ids, str) else next(own) for r in requests]
+
+    def forget(self) -> None:
+        self.engine.forget()
+
+
+# --- the ways, each with a hypothesis from before its run -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    hypothesis: str
+    teacher: Callable | None = Peer  # None: the student itself
+    questions: int = 640  # of the train split, for traces
+    epochs: int = 3
+    rounds: int = 1
+
+
+WAYS = {
+    "peer": Way("No collapse: the student can do all that the teacher does."),
+    "own-successes": Way(
+        "No collapse: rejection sampling (expert iteration) rises, but more slowly than Flow-GRPO.",
+        teacher=None, epochs=1, rounds=4,
+    ),
+    "privileged-tool": Way(
+        "Collapse below the frozen planner: the student asks Base_Generator, which knows nothing here.", PrivilegedTool
+    ),
+    "privileged-facts": Way(
+        "Collapse in two-hop and three-hop: the student invents the entities that its teacher knew.", PrivilegedFacts
+    ),
+    "bare-style": Way("A small loss: without the facts found so far, the next step is harder to find.", Bare),
+    "wordy-style": Way("Collapse: plans outgrow the limit of 64 tokens, so their last lines are lost.", Wordy),
+    "few-traces": Way(
+        "A loss, but no collapse: the student learns 40 questions by heart in 30 epochs.", questions=40, epochs=30
+    ),
+}  # fmt: skip
+
+
+def learn(name: str, seed: int, questions: int = 0, test_questions: int = 300) -> dict:
+    """One way with one seed -> its record: figures before, after each round, and of the teacher."""
+    way, world = WAYS[name], World(TEST_WORLD)
+    frozen = TransformersEngine(BACKBONE)
+    system = AgentSystem(frozen, frozen, load_corpus(), Sandbox())
+    test_set = load_examples("tinyworld", "test", test_questions)
+    config = train.Config(model=BACKBONE)
+    policy, tokenizer, optimizer = train.build_trainer(config, train.choose_precision(config, "cpu"))
+    student, encode = TransformersEngine(BACKBONE), encoder(tokenizer)
+    before, pairs = evaluate(system, test_set, (seed, "test"), "before")
+    rewards = [trajectory.reward for _, trajectory in pairs]
+    record = {"way": name, "seed": seed, **asdict(replace(way, teacher=None)), "before": before, "rounds": []}
+    asked_for = load_examples("tinyworld", "train")
+    count = (questions or way.questions) // way.rounds
+    for number in range(way.rounds):
+        traced = asked_for[number * count : (number + 1) * count]
+        if way.teacher:
+            teacher = way.teacher(world.questions("train"), world)
+            teaching = replace(system, planner=teacher, frozen=Informed(frozen, teacher))
+        else:
+            teaching = replace(system, planner=student)
+        trials = 1 if way.teacher else 4
+        record["teacher"], traces = evaluate(teaching, traced, (seed, "traces", number), "traces", trials)
+        rows = [row for _, t in traces if t.reward == 1 for row in rows_of(t, encode if way.teacher else None)]
+        if not rows:
+            raise UserError(f"{name}, seed {seed}: no trace was a success, so there is nothing to imitate")
+        fine_tune(policy, optimizer, rows, way.epochs, seed)
+        student.load_weights(policy.state_dict().items())
+        figures, pairs = evaluate(replace(system, planner=student), test_set, (seed, "test"), "test")
+        after = [trajectory.reward for _, trajectory in pairs]
+        trajectories = [trajectory for _, trajectory in pairs]
+        figures |= {"kl": kl(trajectories), "invented": invented(trajectories, tokenizer)}
+        record["rounds"].append({"rows": len(rows), **figures, "paired": paired(rewards, after)})
+    return record
+
+
+def rows_of(trajectory: Trajectory, encode: Callable | None) -> list[Turn]:
+    """Rows to imitate. A teacher writes texts, which become ids here; the student's turns are rows already."""
+    if encode is None:
+        return trajectory.turns
+    rows = []
+    for turn in trajectory.turns:
+        ids, begin = encode(turn.prompt_ids[0], turn.completion_ids[0])
+        rows.append(Turn(ids[:begin], ids[begin:], [0.0] * (len(ids) - begin)))
+    return rows
+
+
+@torch.no_grad()
+def kl(trajectories: list[Trajectory]) -> float:
+    """KL(student, initial planner) per token, estimated on the student's own plans."""
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    model, total = load_model(BACKBONE)[0], 0.0
+    for part in split_rows([[*turn.prompt_ids, *turn.completion_ids] for turn in turns], 8192, model):
+        prompts, completions = [turns[i].prompt_ids for i in part], [turns[i].completion_ids for i in part]
+        total -= token_logprobs(model, prompts, completions)[0].sum().item()
+    return (total + sum(sum(turn.logprobs) for turn in turns)) / sum(len(turn.logprobs) for turn in turns)
+
+
+def invented(trajectories: list[Trajectory], tokenizer: Any) -> float:
+    """Share of the turns whose context names an entity that stands neither in the question nor in the memory."""
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    count = 0
+    for turn in turns:
+        plan, seen = tokenizer.decode(turn.completion_ids), tokenizer.decode(turn.prompt_ids)
+        context = re.search(r"Context: (.*)", plan)
+        names = set(re.findall(r"[A-Z][a-z]+", context[1] if context else "")) & set(NAMES)
+        count += not names <= set(re.findall(r"[A-Z][a-z]+", seen))
+    return count / len(turns)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ImitationConfig:
+    ways: list[str] = setting(list(WAYS), f"ways to run: {', '.join(WAYS)}", group="the runs")
+    seeds: list[int] = setting([0, 1], "seeds of each way")
+    questions: int = setting(0, "questions for traces; 0: as many as the way says")
+    test_questions: int = setting(300, "test questions, the same before and after", low=1)
+    out: str = setting("runs/imitation", "folder of the records; what is there is not run again")
+
+
+def main(config: ImitationConfig) -> None:
+    if unknown := sorted(set(config.ways) - set(WAYS)):
+        raise UserError(f"--ways {unknown[0]}: must be {', '.join(WAYS)}")
+    records = []
+    for name in config.ways:
+        for seed in config.seeds:
+            path = Path(config.out) / f"{name}-seed{seed}.json"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                record = learn(name, seed, config.questions, config.test_questions)
+                write_atomically(path, json.dumps(record))
+            records.append(json.loads(path.read_text()))
+            print(row(records[-1]), flush=True)
+    print("\n" + table(records))
+
+
+def row(record: dict) -> str:
+    last = record["rounds"][-1]
+    rounds = " → ".join(f"{100 * r['accuracy']:.1f}" for r in [record["before"], *record["rounds"]])
+    families = ", ".join(f"{name} {100 * r['accuracy']:.0f}" for name, r in last["by_family"].items())
+    tools = ", ".join(f"{tool} {100 * last['tool_shares'][tool]:.0f} %" for tool in TOOLS)
+    teacher = f"teacher {100 * record['teacher']['accuracy']:.0f} %, {last['rows']} rows"
+    return (
+        f"{record['way']}, seed {record['seed']}: {teacher}\n"
+        f"  test {rounds} % ({families})\n"
+        f"  {tools}; invented {100 * last['invented']:.0f} %; errors {100 * last['tool_error_rate']:.0f} %; "
+        f"KL {last['kl']:.2f}"
+    )
+
+
+def table(records: list[dict]) -> str:
+    """A Markdown line per way, means over seeds. The difference to the frozen planner is paired, one for each seed."""
+    head = "way", "its teacher", "frozen", "after", "difference", "Search", "invented names", "errors", "KL"
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in dict.fromkeys(record["way"] for record in records):
+        own = [record for record in records if record["way"] == name]
+        last = [record["rounds"][-1] for record in own]
+        columns = [
+            [record["teacher"]["accuracy"] for record in own], [record["before"]["accuracy"] for record in own],
+            [r["accuracy"] for r in last], [r["tool_shares"]["Search"] for r in last],
+            [r["invented"] for r in last], [r["tool_error_rate"] for r in last],
+        ]  # fmt: skip
+        cells = [f"{100 * sum(column) / len(column):.1f} %" for column in columns]
+        gaps = (100 * x for r in last for x in (r["paired"]["difference"], *r["paired"]["interval"]))
+        cells.insert(3, ", ".join("{:+.0f} [{:+.0f}, {:+.0f}]".format(*three) for three in zip(*[gaps] * 3)))
+        lines.append(f"| {name} | {' | '.join(cells)} | {sum(r['kl'] for r in last) / len(last):.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main, ImitationConfig)
