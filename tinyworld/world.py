@@ -90,6 +90,7 @@ OPERATIONS = {
 }
 
 FAMILIES = ("lookup", "two-hop", "three-hop", "difference", "earlier", "arithmetic")
+HOPS = {"lookup": 1, "two-hop": 2, "three-hop": 3, "four-hop": 4, "five-hop": 5}  # the last two are for harder tasks
 SPLITS = {"train": 4000, "dev": 200, "test": 500}
 
 
@@ -201,7 +202,7 @@ class World:
                 start, answer = EARLIER[relation], min(one, two, key=lambda fact: int(fact.value)).subject
             text = f"{start}the {relation} of {one.subject} and the {relation} of {two.subject}?"
             return Question(text, answer, family, (one, two))
-        return self._chain({"lookup": 1, "two-hop": 2, "three-hop": 3}[family], family, rng)
+        return self._chain(HOPS[family], family, rng)
 
     def _chain(self, hops: int, family: str, rng: random.Random) -> Question:
         """Follow `hops` facts from a random entity; a chain that meets an entity twice has a shortcut: draw again."""
@@ -218,9 +219,10 @@ class World:
                 text = f"{'Who' if is_person else 'What'} is {path} of {facts[0].subject}?"
                 return Question(text, facts[-1].value, family, tuple(facts))
 
-    def questions(self, split: str) -> list[Question]:
-        """The fixed questions of a split, families in equal shares (the first ones get the remainder)."""
-        return list(_splits(self)[split])
+    def questions(self, split: str, families: tuple[str, ...] = FAMILIES) -> list[Question]:
+        """The fixed questions of a split, families in equal shares (the first ones get the remainder). Fewer families
+        than six get no larger shares: a world has only about a thousand questions of the family lookup."""
+        return list(_splits(self, families)[split])
 
 
 def relations_of(kind: str) -> list[str]:
@@ -231,12 +233,13 @@ def relations_of(kind: str) -> list[str]:
 
 
 @cache
-def _splits(world: World) -> dict[str, list[Question]]:
+def _splits(world: World, families: tuple[str, ...]) -> dict[str, list[Question]]:
     """Draw distinct questions of each family, deal them out to the splits, and shuffle each split."""
     rng = random.Random(f"questions {world.seed}")
     splits: dict[str, list[Question]] = {split: [] for split in SPLITS}
-    for index, family in enumerate(FAMILIES):
-        shares = {s: size // len(FAMILIES) + (index < size % len(FAMILIES)) for s, size in SPLITS.items()}
+    parts = max(len(families), len(FAMILIES))
+    for index, family in enumerate(families):
+        shares = {s: size // parts + (index < size % parts) for s, size in SPLITS.items()}
         pool: dict[str, Question] = {}
         while len(pool) < sum(shares.values()):
             question = world.sample_question(family, rng)

@@ -1,0 +1,52 @@
+"""Write a task's folder of another world, or of other families of questions: what did a planner really learn?
+
+    python -m lab.worlds --folder data/world1 --seed 1                              # new articles, new questions
+    python -m lab.worlds --folder data/half --families lookup two-hop difference    # train on these, test on the rest
+    python -m lab.worlds --folder data/hops --families three-hop four-hop five-hop  # chains longer than any in training
+    python eval.py --task data/world1 --planners tinyworld/backbone runs/tinyworld-seed0
+
+A world with a seed of its own shares no fact with the bundled one. The same arguments write the same files.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from eval import run_main, setting
+from lab.teacher import TEST_WORLD
+from tasks import Example, index, write_atomically
+from tinyworld.world import FAMILIES, HOPS, SPLITS, World
+from tools import UserError
+
+KNOWN = tuple(dict.fromkeys([*FAMILIES, *HOPS]))
+
+
+@dataclass
+class WorldConfig:
+    folder: str = setting("", "folder of the task", group="the world")
+    seed: int = setting(TEST_WORLD, "seed of the world", low=0)
+    families: list[str] = setting(list(FAMILIES), f"families of questions: {', '.join(KNOWN)}")
+
+
+def main(config: WorldConfig) -> None:
+    folder, families = Path(config.folder), tuple(config.families)
+    if not config.folder:
+        raise UserError("--folder: name the folder that the task goes to")
+    if unknown := [family for family in families if family not in KNOWN]:
+        raise UserError(f"--families {unknown[0]}: must be {', '.join(KNOWN)}")
+    bundled = World(TEST_WORLD)
+    world = bundled if config.seed == TEST_WORLD else World(config.seed, avoid=bundled.all_facts())
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {}
+    for split in SPLITS:
+        rows = [asdict(Example(q.question, q.answer, q.family)) for q in world.questions(split, families)]
+        sizes[split] = len(rows)
+        write_atomically(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    articles = [json.dumps({"title": title, "text": text}) + "\n" for title, text in world.articles.items()]
+    write_atomically(folder / "articles.jsonl", "".join(articles))
+    count = index(folder / "articles.jsonl", folder / "corpus.db")
+    print(f"{folder}: {count} articles; {', '.join(f'{size:,} {split}' for split, size in sizes.items())} questions")
+
+
+if __name__ == "__main__":
+    run_main(main, WorldConfig)
