@@ -49,6 +49,9 @@ SMALLER = {  # the same command on less work
 }
 RUN_ELSEWHERE = [  # by tests of their own, or they need a GPU, the network or minutes
     "python -m lab.course",
+    "python -m lab.imitation",
+    "python -m lab.worlds",
+    "python train.py --task data/",
     "python -m lab.exam",
     "python -m lab.pretrain",
     "python -m lab.paper",
