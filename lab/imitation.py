@@ -1,18 +1,18 @@
-"""When does imitation collapse? Fine-tuning on a planner's successes, with one thing changed at a time.
+"""When does imitation collapse? Fine-tuning on a planner's successes, in several ways.
 
     python -m lab.imitation                                      # all ways, seeds 0 and 1; writes runs/imitation/
     python -m lab.imitation --ways privileged-tool --seeds 0
 
 In the paper's Table 3, fine-tuning on the successes of GPT-4o halves the accuracy of the frozen planner. The paper does
-not say how the traces were made. Each way below is a possible cause, with what we expected before we ran it. Every
-trace is an honest success of its teacher: the judge has accepted its answer. What a teacher has beyond the student's
-means stands in its class. docs/imitation.md has the results.
+not say how the traces were made. Each way below is a possible cause, with what we expected before we ran it; `peer` and
+`ideal-peer` are the controls. Every trace is an honest success of its teacher: the judge has accepted its answer. What
+a teacher has beyond the student's means stands in its class. No teacher is bound by the student's limit of 64 tokens.
 """
 
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ import torch
 
 import train
 from agent import GENERATOR_PROMPT, VERIFIER_PROMPT, AgentSystem, Trajectory, Turn
-from eval import evaluate, run_main, setting
+from eval import Ranged, evaluate, run_main, setting
 from flow_grpo import token_logprobs
 from lab.paired import paired
 from lab.paper_runs import BACKBONE, fine_tune
 from lab.pretrain import encoder
-from lab.teacher import ANSWER, STOP, TEST_WORLD, IdealPlanner, expression, literals
+from lab.teacher import ANSWER, STOP, TEST_WORLD, UNKNOWN, IdealPlanner, expression, literals, render_plan
 from llm import Completion, Request, TransformersEngine, load_model
 from sandbox import Sandbox
 from tasks import load_corpus, load_examples, write_atomically
@@ -50,10 +50,14 @@ class Peer(IdealPlanner):
         return None
 
 
-class PrivilegedTool(Peer):
-    """Its Base_Generator knows the world, as a large model does. So it asks Base_Generator where Search is needed."""
+class IdealPeer(Peer):
+    """Sees what the student sees, and always takes the ideal step."""
 
     skill = 1.0
+
+
+class PrivilegedTool(IdealPeer):
+    """Its Base_Generator knows the world, as a large model does. So it asks Base_Generator where Search is needed."""
 
     def _plan(self, prompt: str, seed: int) -> Completion:
         plan = super()._plan(prompt, seed)
@@ -67,10 +71,8 @@ class PrivilegedTool(Peer):
         return f"{after[1]}: {self.world.articles[after[1]]}"
 
 
-class PrivilegedFacts(Peer):
+class PrivilegedFacts(IdealPeer):
     """Knows the first facts of a chain, so it looks up only the last one. Its verifier and generator know them too."""
-
-    skill = 1.0
 
     def _plan(self, prompt: str, seed: int) -> Completion:
         question = self.teachers[asked(prompt)].question
@@ -78,8 +80,7 @@ class PrivilegedFacts(Peer):
             return super()._plan(prompt, seed)
         last = question.facts[-1]
         step = find(last.relation, last.subject)
-        text = f"Justification: {expression(step)} is unknown.\nContext: {step.context}\nSub-Goal: {step.sub_goal}"
-        text += f"\nTool Name: {step.tool}"
+        text = render_plan(f"{expression(step)} is {UNKNOWN}", step)
         return Completion([prompt], [text], [0.0], text, "stop", usage=(0, 0))
 
     def reply(self, prompt: str) -> str | None:
@@ -99,20 +100,19 @@ class Bare(Peer):
     """Justifies nothing: its plans leave out the facts found so far."""
 
     def _plan(self, prompt: str, seed: int) -> Completion:
-        return restyled(super()._plan(prompt, seed), "none")
+        return restyled(super()._plan(prompt, seed), "none.")
 
 
 class Wordy(Peer):
-    """Begins each justification with the same forty letters, which the student must spell one by one."""
+    """Begins each justification with the same forty characters. The student's tokenizer spells them one by one."""
 
     def _plan(self, prompt: str, seed: int) -> Completion:
         plan = super()._plan(prompt, seed)
-        why = re.match(r"Justification: (.*)", plan.text)
-        return restyled(plan, "Let us think step by step, as experts do: " + (why[1].rstrip(".") if why else ""))
+        return restyled(plan, r"Let us think step by step, as experts do: \1")
 
 
 def restyled(plan: Completion, why: str) -> Completion:
-    text = re.sub(r"^Justification: .*", lambda _: f"Justification: {why}.", plan.text)
+    text = re.sub(r"^Justification: (.*)", rf"Justification: {why}", plan.text)
     return replace(plan, completion_ids=[text], text=text)
 
 
@@ -154,6 +154,7 @@ class Way:
 
 WAYS = {
     "peer": Way("No collapse: the student can do all that the teacher does."),
+    "ideal-peer": Way("No collapse: as with peer, and better, as no trace has a wasted turn.", IdealPeer),
     "own-successes": Way(
         "No collapse: rejection sampling (expert iteration) rises, but more slowly than Flow-GRPO.",
         teacher=None, epochs=1, rounds=4,
@@ -183,9 +184,9 @@ def learn(name: str, seed: int, questions: int = 0, test_questions: int = 300) -
     student, encode = TransformersEngine(BACKBONE), encoder(tokenizer)
     before, pairs = evaluate(system, test_set, (seed, "test"), "before")
     rewards = [trajectory.reward for _, trajectory in pairs]
-    record = {"way": name, "seed": seed, **asdict(replace(way, teacher=None)), "before": before, "rounds": []}
+    record = {"way": name, "seed": seed, "hypothesis": way.hypothesis, "before": before, "rounds": []}
     asked_for = load_examples("tinyworld", "train")
-    count = (questions or way.questions) // way.rounds
+    count = max(1, (questions or way.questions) // way.rounds)
     for number in range(way.rounds):
         traced = asked_for[number * count : (number + 1) * count]
         if way.teacher:
@@ -194,7 +195,8 @@ def learn(name: str, seed: int, questions: int = 0, test_questions: int = 300) -
         else:
             teaching = replace(system, planner=student)
         trials = 1 if way.teacher else 4
-        record["teacher"], traces = evaluate(teaching, traced, (seed, "traces", number), "traces", trials)
+        taught, traces = evaluate(teaching, traced, (seed, "traces", number), "traces", trials)
+        record.setdefault("teacher", taught)  # of a student that teaches itself: the frozen planner
         rows = [row for _, t in traces if t.reward == 1 for row in rows_of(t, encode if way.teacher else None)]
         if not rows:
             raise UserError(f"{name}, seed {seed}: no trace was a success, so there is nothing to imitate")
@@ -209,11 +211,14 @@ def learn(name: str, seed: int, questions: int = 0, test_questions: int = 300) -
 
 
 def rows_of(trajectory: Trajectory, encode: Callable | None) -> list[Turn]:
-    """Rows to imitate. A teacher writes texts, which become ids here; the student's turns are rows already."""
+    """Rows to imitate. A teacher writes texts, which become ids here; the student's turns are rows already. Where an
+    ideal teacher says that nothing is left to do, it writes no plan, and there is nothing to imitate."""
     if encode is None:
         return trajectory.turns
     rows = []
-    for turn in trajectory.turns:
+    for turn, step in zip(trajectory.turns, trajectory.memory.steps, strict=True):
+        if step.error == "format":
+            continue
         ids, begin = encode(turn.prompt_ids[0], turn.completion_ids[0])
         rows.append(Turn(ids[:begin], ids[begin:], [0.0] * (len(ids) - begin)))
     return rows
@@ -246,10 +251,10 @@ def invented(trajectories: list[Trajectory], tokenizer: Any) -> float:
 
 
 @dataclass
-class ImitationConfig:
+class ImitationConfig(Ranged):
     ways: list[str] = setting(list(WAYS), f"ways to run: {', '.join(WAYS)}", group="the runs")
     seeds: list[int] = setting([0, 1], "seeds of each way")
-    questions: int = setting(0, "questions for traces; 0: as many as the way says")
+    questions: int = setting(0, "questions for traces; 0: as many as the way says", low=0)
     test_questions: int = setting(300, "test questions, the same before and after", low=1)
     out: str = setting("runs/imitation", "folder of the records; what is there is not run again")
 
@@ -261,11 +266,13 @@ def main(config: ImitationConfig) -> None:
     for name in config.ways:
         for seed in config.seeds:
             path = Path(config.out) / f"{name}-seed{seed}.json"
+            sizes = {"questions": config.questions, "test_questions": config.test_questions}
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                record = learn(name, seed, config.questions, config.test_questions)
-                write_atomically(path, json.dumps(record))
+                write_atomically(path, json.dumps(sizes | learn(name, seed, **sizes)))
             records.append(json.loads(path.read_text()))
+            if sizes.items() - records[-1].items():
+                raise UserError(f"{path} was made with other numbers of questions: move it away, or name another --out")
             print(row(records[-1]), flush=True)
     print("\n" + table(records))
 
@@ -280,13 +287,24 @@ def row(record: dict) -> str:
         f"{record['way']}, seed {record['seed']}: {teacher}\n"
         f"  test {rounds} % ({families})\n"
         f"  {tools}; invented {100 * last['invented']:.0f} %; errors {100 * last['tool_error_rate']:.0f} %; "
-        f"KL {last['kl']:.2f}"
+        f"cut off {100 * last['truncated_turns']:.0f} %; KL {last['kl']:.2f}"
     )
 
 
 def table(records: list[dict]) -> str:
     """A Markdown line per way, means over seeds. The difference to the frozen planner is paired, one for each seed."""
-    head = "way", "its teacher", "frozen", "after", "difference", "Search", "invented names", "errors", "KL"
+    head = (
+        "way",
+        "its teacher, on the traced questions",
+        "frozen",
+        "after",
+        "difference",
+        "Search",
+        "invented names",
+        "errors",
+        "cut off",
+        "KL",
+    )
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in dict.fromkeys(record["way"] for record in records):
         own = [record for record in records if record["way"] == name]
@@ -294,7 +312,7 @@ def table(records: list[dict]) -> str:
         columns = [
             [record["teacher"]["accuracy"] for record in own], [record["before"]["accuracy"] for record in own],
             [r["accuracy"] for r in last], [r["tool_shares"]["Search"] for r in last],
-            [r["invented"] for r in last], [r["tool_error_rate"] for r in last],
+            [r["invented"] for r in last], [r["tool_error_rate"] for r in last], [r["truncated_turns"] for r in last],
         ]  # fmt: skip
         cells = [f"{100 * sum(column) / len(column):.1f} %" for column in columns]
         gaps = (100 * x for r in last for x in (r["paired"]["difference"], *r["paired"]["interval"]))

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eval import run_main, setting
+from eval import Ranged, run_main, setting
 from lab.teacher import TEST_WORLD
 from tasks import Example, index, write_atomically
 from tinyworld.world import FAMILIES, HOPS, SPLITS, World
@@ -22,18 +22,18 @@ KNOWN = tuple(dict.fromkeys([*FAMILIES, *HOPS]))
 
 
 @dataclass
-class WorldConfig:
+class WorldConfig(Ranged):
     folder: str = setting("", "folder of the task", group="the world")
     seed: int = setting(TEST_WORLD, "seed of the world", low=0)
     families: list[str] = setting(list(FAMILIES), f"families of questions: {', '.join(KNOWN)}")
 
 
 def main(config: WorldConfig) -> None:
-    folder, families = Path(config.folder), tuple(config.families)
+    folder, families = Path(config.folder), tuple(dict.fromkeys(config.families))
     if not config.folder:
         raise UserError("--folder: name the folder that the task goes to")
-    if unknown := [family for family in families if family not in KNOWN]:
-        raise UserError(f"--families {unknown[0]}: must be {', '.join(KNOWN)}")
+    if not families or not set(families) <= set(KNOWN):
+        raise UserError(f"--families {' '.join(families)}: must be of {', '.join(KNOWN)}")
     bundled = World(TEST_WORLD)
     world = bundled if config.seed == TEST_WORLD else World(config.seed, avoid=bundled.all_facts())
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import llm
+import tree
 from flow_grpo import token_logprobs
 from lab import pretrain
 from lab.pretrain import ASSISTANT, BACKBONE, EOS, USER
@@ -253,8 +254,11 @@ def test_prompts_that_begin_alike_share_what_they_begin_with(engine, rows, monke
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
-def test_what_a_rollout_has_read_is_not_read_again(engine, rows, monkeypatch):
+@pytest.mark.parametrize(("block", "at_once"), [(128, 4), (2, 4)])  # the second: new nodes in several blocks
+def test_what_a_rollout_has_read_is_not_read_again(block, at_once, engine, rows, monkeypatch):
     """A prompt that goes on from an earlier one costs its new tokens, and the same is written."""
+    monkeypatch.setattr(tree, "BLOCK", block)
+    monkeypatch.setattr(tree, "AT_ONCE", {"cpu": at_once})
     first = engine.encode(rows[0][1])
     turns = [[Request(first, 8, 1.0, seed=1), Request(first, 8, 1.0, seed=2)]]
     turns += [[Request(first + (300, 301, n), 8, 1.0, seed=n) for n in (302, 303)], turns[0][:1]]
