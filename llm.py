@@ -297,11 +297,12 @@ class Lockstep:
         """Await all trajectories. The first error is raised; then the `asyncio.run` around this cancels the others."""
         trajectories = list(trajectories)
         self.live = len(trajectories)
-        results = await asyncio.gather(*map(self._follow, trajectories))
-        for engine in self.waiting:
-            if hasattr(engine, "forget"):
-                engine.forget()
-        return results
+        try:
+            return await asyncio.gather(*map(self._follow, trajectories))
+        finally:  # also when one failed: what an engine keeps from it would change the rounding of the next rollout
+            for engine in self.waiting:
+                if hasattr(engine, "forget"):
+                    engine.forget()
 
     async def _follow(self, trajectory: Coroutine):
         result = await trajectory

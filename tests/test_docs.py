@@ -64,6 +64,9 @@ RUN_ELSEWHERE = [  # by tests of their own, or they need a GPU, the network or m
     "python train.py --engine vllm",
     "python -m lab.bench --shape",
     "python eval.py --task data/",
+    "python eval.py --planners tinyworld/backbone runs/half",
+    "python eval.py --max_turns 8",
+    "python train.py --max_turns 3",
 ]
 
 
@@ -160,7 +163,7 @@ def test_names_and_files_exist(page):
     for config in (Config, EvalConfig, BenchConfig, BenchmarkConfig, PairedConfig, ScaleConfig):
         flags |= set(config.__dataclass_fields__)
     for flag in re.findall(r"`[^`]*--(\w+)", text):
-        others = "check first words layers share out help split plan figures index serve compare processes"
+        others = "check first words layers share out help split plan figures index serve compare processes seeds"
         torchrun = ("nproc", "shutdown")
         assert flag in flags.union(others.split(), torchrun), flag
 

@@ -153,6 +153,10 @@ def test_rollouts_repeat_and_differ_within_a_group(engine):
     system = system_of(engine, engine, max_turns=2)
     questions = [e.question for e in load_examples("tinyworld", "dev")[:3]]
     first, second = (system.rollout(questions, 4, (0, 1)) for _ in range(2))
+    results = [
+        [step.result for group in groups for t in group for step in t.memory.steps] for groups in (first, second)
+    ]
+    assert results[0] == results[1]  # a program that ran into its time limit shows here
     assert first == second
     assert len({str(t.turns[0].completion_ids) for t in first[0]}) > 1
     assert system.rollout(questions, 4, (0, 2)) != first

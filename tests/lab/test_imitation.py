@@ -40,7 +40,7 @@ def test_a_privileged_tool_knows_what_the_students_does_not(system, asked):
     _, trajectories = traces(system, "privileged-tool", asked)
     steps = [step for t in trajectories for step in t.memory.steps]
     assert sum(t.reward for t in trajectories) > 0.8 * len(asked)
-    assert {step.tool for step in steps} <= {"Base_Generator", "Python_Coder"}
+    assert {step.tool for step in steps} <= {"Base_Generator", "Python_Coder", "none"}  # none: nothing is left to do
     assert all(" is a " in step.result for step in steps if step.tool == "Base_Generator" and not step.error)
 
 
@@ -81,7 +81,7 @@ def test_a_way_leaves_a_record_and_is_not_run_again(tmp_path, capsys, monkeypatc
     main(config)
     for name, rounds in (("few-traces", 1), ("own-successes", 4)):
         record = json.loads((tmp_path / f"{name}-seed0.json").read_text())
-        assert len(record["rounds"]) == rounds and all(r["rows"] > 0 and r["kl"] > 0 for r in record["rounds"])
+        assert len(record["rounds"]) == rounds and all(r["rows"] > 0 for r in record["rounds"])
         assert record["hypothesis"] == WAYS[name].hypothesis
     monkeypatch.setattr("lab.imitation.learn", None)
     main(config)
