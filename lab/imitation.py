@@ -1,6 +1,6 @@
 """When does imitation collapse? Fine-tuning on a planner's successes, in several ways.
 
-    python -m lab.imitation                                      # all ways, seeds 0 and 1, 18 minutes on 2 cores
+    python -m lab.imitation                                      # all ways, seeds 0 and 1; writes runs/imitation/
     python -m lab.imitation --ways privileged-tool --seeds 0
 
 In the paper's Table 3, fine-tuning on the successes of GPT-4o halves the accuracy of the frozen planner. The paper does
@@ -24,9 +24,9 @@ from agent import GENERATOR_PROMPT, VERIFIER_PROMPT, AgentSystem, Trajectory, Tu
 from eval import Ranged, evaluate, run_main, setting
 from flow_grpo import token_logprobs
 from lab.paired import paired
-from lab.paper_runs import BACKBONE, fine_tune
+from lab.paper_runs import BACKBONE, fine_tune, row_of
 from lab.pretrain import encoder
-from lab.teacher import ANSWER, STOP, TEST_WORLD, UNKNOWN, IdealPlanner, expression, literals, render_plan
+from lab.teacher import ANSWER, STOP, TEST_WORLD, UNKNOWN, IdealPlanner, asked, expression, literals, render_plan
 from llm import Completion, Request, TransformersEngine, load_model
 from sandbox import Sandbox
 from tasks import load_corpus, load_examples, write_atomically
@@ -115,11 +115,6 @@ class Wordy(Peer):
 def restyled(plan: Completion, why: str) -> Completion:
     text = re.sub(r"^Justification: (.*)", rf"Justification: {why}", plan.text)
     return replace(plan, completion_ids=[text], text=text)
-
-
-def asked(prompt: str) -> str:
-    """The question of a module's prompt."""
-    return prompt.split("\nQuestion: ")[1].split("\n")[0]
 
 
 class Informed:
@@ -217,13 +212,8 @@ def rows_of(trajectory: Trajectory, encode: Callable | None) -> list[Turn]:
     ideal teacher says that nothing is left to do, it writes no plan, and there is nothing to imitate."""
     if encode is None:
         return trajectory.turns
-    rows = []
-    for turn, step in zip(trajectory.turns, trajectory.memory.steps, strict=True):
-        if step.error == "format":
-            continue
-        ids, begin = encode(turn.prompt_ids[0], turn.completion_ids[0])
-        rows.append(Turn(ids[:begin], ids[begin:], [0.0] * (len(ids) - begin)))
-    return rows
+    turns = zip(trajectory.turns, trajectory.memory.steps, strict=True)
+    return [row_of(turn, encode) for turn, step in turns if step.error != "format"]
 
 
 @torch.no_grad()

@@ -195,11 +195,8 @@ def learn_from_teacher(run: Run, folder: Path) -> dict:
     _, pairs = evaluate(system, taught, (run.seed, "taught"))
     config = train.Config(model=BACKBONE)
     policy, tokenizer, optimizer = train.build_trainer(config, train.choose_precision(config, "cpu"))
-    encode, rows = encoder(tokenizer), []
-    for _, trajectory in pairs:
-        for turn in trajectory.turns if trajectory.reward == 1 else []:
-            ids, begin = encode(turn.prompt_ids[0], turn.completion_ids[0])
-            rows.append(Turn(ids[:begin], ids[begin:], [0.0] * (len(ids) - begin)))
+    encode = encoder(tokenizer)
+    rows = [row_of(turn, encode) for _, trajectory in pairs if trajectory.reward == 1 for turn in trajectory.turns]
     fine_tune(policy, optimizer, rows, settings["epochs"], run.seed)
     student = TransformersEngine(BACKBONE)
     student.load_weights(policy.state_dict().items())
@@ -207,6 +204,12 @@ def learn_from_teacher(run: Run, folder: Path) -> dict:
     for name, planner in (("teacher", teacher), ("student", student)):
         record[name], _ = evaluate(replace(system, planner=planner), test_set, (run.seed, "test"))
     return record
+
+
+def row_of(turn: Turn, encode: Callable) -> Turn:
+    """The training row of a teacher's turn, which holds texts in place of ids; `lab.pretrain.encoder` encodes."""
+    ids, begin = encode(turn.prompt_ids[0], turn.completion_ids[0])
+    return Turn(ids[:begin], ids[begin:], [0.0] * (len(ids) - begin))
 
 
 def fine_tune(policy: Any, optimizer: torch.optim.Optimizer, rows: list[Turn], epochs: int, seed: int) -> None:

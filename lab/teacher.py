@@ -237,6 +237,11 @@ def row_stream(seed: int) -> Iterator[tuple[str, str, str]]:
 # --- a planner for comparisons ----------------------------------------------------------------------------------------
 
 
+def asked(prompt: str) -> str:
+    """The question of a module's prompt."""
+    return prompt.split("\nQuestion: ")[1].split("\n")[0]
+
+
 class IdealPlanner:
     """An engine that answers planner prompts with the ideal next step, in a share `skill` of the turns. In the others
     it plans as clumsily as the backbone was taught to. It knows no tokens: texts take the place of ids."""
@@ -251,8 +256,7 @@ class IdealPlanner:
         return [self._plan(request.prompt_ids[0], request.seed) for request in requests]
 
     def _plan(self, prompt: str, seed: int) -> Completion:
-        question = prompt.split("\nQuestion: ")[1].split("\n")[0]
-        teacher = self.teachers[question]
+        teacher = self.teachers[asked(prompt)]
         teacher.rng = random.Random(seed)
         why, missing = teacher.findings(prompt)
         lost = missing is None and teacher.skill < 1  # all is known, and the verifier still goes on

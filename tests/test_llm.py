@@ -15,6 +15,7 @@ from flow_grpo import token_logprobs
 from lab import pretrain
 from lab.pretrain import ASSISTANT, BACKBONE, EOS, USER
 from llm import (
+    EngineError,
     Lockstep,
     Request,
     TransformersEngine,
@@ -276,6 +277,20 @@ def test_what_a_rollout_has_read_is_not_read_again(block, at_once, engine, rows,
                 assert one.completion_ids == other.completion_ids
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
     assert sizes[:3] == [len(first), 3 + 1, 1]
+
+
+def test_a_failed_rollout_leaves_nothing_read(engine, rows):
+    """What is read changes the blocks of the next pass, and so its rounding."""
+    lockstep = Lockstep(engine)
+
+    async def fails():
+        await lockstep.generate(engine, Request(engine.encode(rows[0][1]), 2, 1.0), 0)
+        assert engine.read[0]
+        raise EngineError("broken")
+
+    with pytest.raises(EngineError):
+        asyncio.run(lockstep.gather([fails()]))
+    assert not engine.read[0]
 
 
 def test_sample_draws_from_the_policy():
