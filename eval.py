@@ -106,7 +106,9 @@ class Ranged:
 class SystemConfig(Ranged):
     """The settings that train.py and eval.py share: the task, the system that solves it, and the reward."""
 
-    task: str = setting("tinyworld", "* tinyworld, or a folder with SPLIT.jsonl (and corpus.db)", group="the system")
+    task: str = setting(
+        "tinyworld", "* tinyworld, tinyworld-hard or a folder with SPLIT.jsonl (and corpus.db)", group="the system"
+    )
     engine: Literal["transformers", "vllm"] = setting("transformers", "engine of each model, unless it is a URL")
     engine_memory: float = setting(0.3, "share of the GPU's memory for each vLLM engine, weights and KV cache", high=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device; CUDA_VISIBLE_DEVICES chooses among GPUs")

@@ -20,12 +20,13 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from judge import RULES, normalize
-from tinyworld.world import World
+from tinyworld.world import FAMILIES, HARD_FAMILIES, World
 from tools import UserError, find
 
 
@@ -40,11 +41,14 @@ class Example:
 # --- questions --------------------------------------------------------------------------------------------------------
 
 
-def tinyworld(split: str) -> list[Example]:
-    return [Example(q.question, q.answer, q.family) for q in World(seed=0).questions(split)]
+def tinyworld(split: str, families: tuple[str, ...] = FAMILIES) -> list[Example]:
+    return [Example(q.question, q.answer, q.family) for q in World(seed=0).questions(split, families)]
 
 
-TASKS: dict[str, Callable[[str], list[Example]]] = {"tinyworld": tinyworld}
+TASKS: dict[str, Callable[[str], list[Example]]] = {
+    "tinyworld": tinyworld,
+    "tinyworld-hard": partial(tinyworld, families=HARD_FAMILIES),  # with --max_turns 7
+}
 
 
 def load_examples(task: str, split: str, count: int = 0) -> list[Example]:
@@ -216,7 +220,7 @@ class Corpus:
 def load_corpus(task: str = "tinyworld", needed: bool = True) -> Corpus | None:
     """The articles of the bundled world, or the corpus.db of a task's folder. If there is none: `UserError` if it is
     needed, else None."""
-    if task == "tinyworld":
+    if task in TASKS:
         return Corpus.from_articles(World(seed=0).articles.items())
     path = Path(task) / "corpus.db"
     if not path.exists() and not needed:

@@ -1,38 +1,35 @@
 """When does imitation collapse? Fine-tuning on a planner's successes, in several ways.
 
-    python -m lab.imitation                                      # all ways, seeds 0 and 1; writes runs/imitation/
-    python -m lab.imitation --ways privileged-tool --seeds 0
-
 In the paper's Table 3, fine-tuning on the successes of GPT-4o halves the accuracy of the frozen planner. The paper does
 not say how the traces were made. Each way below is a possible cause, with what we expected before we ran it; `peer` and
 `ideal-peer` are the controls. Every trace is an honest success of its teacher: the judge has accepted its answer. What
 a teacher has beyond the student's means stands in its class. No teacher is bound by the student's limit of 64 tokens.
-docs/imitation.md has the results.
+`lab/paper.py` runs all ways, and docs/imitation.md has the results.
 """
 
-import json
+import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import train
 from agent import GENERATOR_PROMPT, VERIFIER_PROMPT, AgentSystem, Trajectory, Turn
-from eval import Ranged, evaluate, run_main, setting
+from eval import evaluate
 from flow_grpo import token_logprobs
 from lab.paired import paired
-from lab.paper_runs import BACKBONE, fine_tune, row_of
 from lab.pretrain import encoder
 from lab.teacher import ANSWER, STOP, TEST_WORLD, UNKNOWN, IdealPlanner, asked, expression, literals, render_plan
 from llm import Completion, Request, TransformersEngine, load_model
 from sandbox import Sandbox
-from tasks import load_corpus, load_examples, write_atomically
+from tasks import load_corpus, load_examples
 from tinyworld.world import NAMES, Question, World, find
-from tools import BASE_GENERATOR_PROMPT, TOOLS, UserError
+from tools import BASE_GENERATOR_PROMPT, UserError
 from tree import split_rows
+
+BACKBONE = "tinyworld/backbone"
 
 # --- teachers ---------------------------------------------------------------------------------------------------------
 
@@ -170,7 +167,8 @@ WAYS = {
 
 
 def learn(name: str, seed: int, questions: int = 0, test_questions: int = 300) -> dict:
-    """One way with one seed -> its record: figures before, after each round, and of the teacher."""
+    """One way with one seed -> its record: figures before, after each round, and of the teacher. `questions` for
+    traces; 0: as many as the way says."""
     way, world = WAYS[name], World(TEST_WORLD)
     frozen = TransformersEngine(BACKBONE)
     system = AgentSystem(frozen, frozen, load_corpus(), Sandbox())
@@ -180,9 +178,9 @@ def learn(name: str, seed: int, questions: int = 0, test_questions: int = 300) -
     student, encode = TransformersEngine(BACKBONE), encoder(tokenizer)
     before, pairs = evaluate(system, test_set, (seed, "test"), "before")
     rewards = [trajectory.reward for _, trajectory in pairs]
-    record = {"way": name, "seed": seed, "hypothesis": way.hypothesis, "before": before, "rounds": []}
+    record = {"way": name, "hypothesis": way.hypothesis, "before": before, "rounds": []}
     asked_for = load_examples("tinyworld", "train")
-    count = max(1, (questions or way.questions) // way.rounds)
+    count = max(1, min(questions or way.questions, way.questions) // way.rounds)
     for number in range(way.rounds):
         traced = asked_for[number * count : (number + 1) * count]
         if way.teacher:
@@ -199,10 +197,10 @@ def learn(name: str, seed: int, questions: int = 0, test_questions: int = 300) -
         fine_tune(policy, optimizer, rows, way.epochs, seed)
         student.load_weights(policy.state_dict().items())
         figures, pairs = evaluate(replace(system, planner=student), test_set, (seed, "test"), "test")
-        after = [trajectory.reward for _, trajectory in pairs]
         trajectories = [trajectory for _, trajectory in pairs]
         figures |= {"kl": kl(trajectories), "invented": invented(trajectories, tokenizer)}
-        record["rounds"].append({"rows": len(rows), **figures, "paired": paired(rewards, after)})
+        difference = paired(rewards, [trajectory.reward for trajectory in trajectories])
+        record["rounds"].append({"rows": len(rows), **figures, "paired": difference})
         record["wrong"] = [train.transcript(*pair) for pair in pairs if not pair[1].reward][:5]
     return record
 
@@ -214,6 +212,28 @@ def rows_of(trajectory: Trajectory, encode: Callable | None) -> list[Turn]:
         return trajectory.turns
     turns = zip(trajectory.turns, trajectory.memory.steps, strict=True)
     return [row_of(turn, encode) for turn, step in turns if step.error != "format"]
+
+
+def row_of(turn: Turn, encode: Callable) -> Turn:
+    """The training row of a teacher's turn, which holds texts in place of ids; `lab.pretrain.encoder` encodes."""
+    ids, begin = encode(turn.prompt_ids[0], turn.completion_ids[0])
+    return Turn(ids[:begin], ids[begin:], [0.0] * (len(ids) - begin))
+
+
+def fine_tune(policy: Any, optimizer: torch.optim.Optimizer, rows: list[Turn], epochs: int, seed: int) -> None:
+    """Cross-entropy of the completions, 64 rows per optimizer step; all else is as in train.py.
+
+    The update is train.py's own. With advantages of 1 and a ratio of 1, the gradient of its loss is the gradient of the
+    cross-entropy.
+    """
+    rng = random.Random(f"sft {seed}")
+    order = [row for _ in range(epochs) for row in rng.sample(rows, len(rows))]
+    steps = [order[n : n + 64] for n in range(0, len(order), 64)]
+    config = train.Config(steps=len(steps), updates_per_step=1, kl_coef=0.0, aggregation="token-mean")
+    precision = train.choose_precision(config, "cpu")
+    for number, turns in enumerate(steps, start=1):
+        batches = train.make_batches([Trajectory("", turns, None, "")], torch.ones(1, 1), config, policy)
+        train.update_policy(policy, policy, optimizer, batches, config, precision, number)
 
 
 @torch.no_grad()
@@ -237,81 +257,3 @@ def invented(trajectories: list[Trajectory], tokenizer: Any) -> float:
         names = set(re.findall(r"[A-Z][a-z]+", context[1] if context else "")) & set(NAMES)
         count += not names <= set(re.findall(r"[A-Z][a-z]+", seen))
     return count / len(turns)
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ImitationConfig(Ranged):
-    ways: list[str] = setting(list(WAYS), f"ways to run: {', '.join(WAYS)}", group="the runs")
-    seeds: list[int] = setting([0, 1], "seeds of each way")
-    questions: int = setting(0, "questions for traces; 0: as many as the way says", low=0)
-    test_questions: int = setting(300, "test questions, the same before and after", low=1)
-    out: str = setting("runs/imitation", "folder of the records; what is there is not run again")
-
-
-def main(config: ImitationConfig) -> None:
-    if unknown := sorted(set(config.ways) - set(WAYS)):
-        raise UserError(f"--ways {unknown[0]}: must be {', '.join(WAYS)}")
-    records = []
-    for name in config.ways:
-        for seed in config.seeds:
-            path = Path(config.out) / f"{name}-seed{seed}.json"
-            sizes = {"questions": config.questions, "test_questions": config.test_questions}
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, json.dumps(sizes | learn(name, seed, **sizes)))
-            records.append(json.loads(path.read_text()))
-            if any(records[-1][name] != size for name, size in sizes.items()):
-                raise UserError(f"{path} was made with other numbers of questions: move it away, or name another --out")
-            print(row(records[-1]), flush=True)
-    print("\n" + table(records))
-
-
-def row(record: dict) -> str:
-    last = record["rounds"][-1]
-    rounds = " → ".join(f"{100 * r['accuracy']:.1f}" for r in [record["before"], *record["rounds"]])
-    families = ", ".join(f"{name} {100 * r['accuracy']:.0f}" for name, r in last["by_family"].items())
-    tools = ", ".join(f"{tool} {100 * last['tool_shares'][tool]:.0f} %" for tool in TOOLS)
-    teacher = f"teacher {100 * record['teacher']['accuracy']:.0f} %, {last['rows']} rows"
-    return (
-        f"{record['way']}, seed {record['seed']}: {teacher}\n"
-        f"  test {rounds} % ({families})\n"
-        f"  {tools}; invented {100 * last['invented']:.0f} %; errors {100 * last['tool_error_rate']:.0f} %; "
-        f"cut off {100 * last['truncated_turns']:.0f} %; KL {last['kl']:.2f}"
-    )
-
-
-def table(records: list[dict]) -> str:
-    """A Markdown line per way, means over seeds. The difference to the frozen planner is paired, one for each seed."""
-    head = (
-        "way",
-        "its teacher, on the traced questions",
-        "frozen",
-        "after",
-        "difference",
-        "Search",
-        "invented names",
-        "errors",
-        "cut off",
-        "KL",
-    )
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name in dict.fromkeys(record["way"] for record in records):
-        own = [record for record in records if record["way"] == name]
-        last = [record["rounds"][-1] for record in own]
-        columns = [
-            [record["teacher"]["accuracy"] for record in own], [record["before"]["accuracy"] for record in own],
-            [r["accuracy"] for r in last], [r["tool_shares"]["Search"] for r in last],
-            [r["invented"] for r in last], [r["tool_error_rate"] for r in last], [r["truncated_turns"] for r in last],
-        ]  # fmt: skip
-        cells = [f"{100 * sum(column) / len(column):.1f} %" for column in columns]
-        gaps = (100 * x for r in last for x in (r["paired"]["difference"], *r["paired"]["interval"]))
-        cells.insert(3, ", ".join("{:+.0f} [{:+.0f}, {:+.0f}]".format(*three) for three in zip(*[gaps] * 3)))
-        lines.append(f"| {name} | {' | '.join(cells)} | {sum(r['kl'] for r in last) / len(last):.2f} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    run_main(main, ImitationConfig)

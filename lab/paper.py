@@ -27,9 +27,10 @@ from matplotlib.figure import Figure as Canvas
 import train
 from eval import run_main, setting
 from lab import paper_figures
-from lab.paper_figures import LABELS, MISTAKES, TEST, WHEN, Records
+from lab.imitation import WAYS
+from lab.paper_figures import GAIN, LABELS, MISTAKES, TEST, WHEN, Records
 from lab.paper_runs import SCALES, Run, Scale, by_id, code_behind, digest, do, do_all, fingerprint, folder_of_runs, plan
-from lab.variants import COMPARED, FLAGS, PATCHES
+from lab.variants import ABLATIONS, FLAGS, PATCHES
 from tasks import write_atomically
 from tools import UserError
 
@@ -89,54 +90,135 @@ class Figure:
     title: str
     uses: tuple[str, ...]  # names of runs; "group-" takes all that begin so
     make: Callable[[Records], list[dict]]
+    says: Callable[[dict], str]  # the figure in one plain sentence, from its JSON
     paper: str  # the paper's counterpart
     claims: tuple[Claim, ...] = ()
     variants: tuple[str, ...] = ()  # shown with their code
+    table: Callable[[Records], paper_figures.Table] | None = None
 
 
-def variant(title: str, name: str, base: str, text: str) -> Figure:
-    """The curve of a variant beside the curve of what it departs from."""
-    claim = Claim((TEST, LABELS[name]), (TEST, LABELS[base]))
-    return Figure(title, (base, name), paper_figures.side_by_side, text, (claim,), (name,))
+def moves(label: str, x: Any, other: str, other_x: Any, words: str) -> Callable[[dict], str]:
+    """A sentence about two points: {a} and {b} in `words` become their numbers."""
+
+    def says(data: dict) -> str:
+        found = find_point(data, label, x), find_point(data, other, other_x)
+        return words.format(**{name: number(*point) for name, point in zip("ab", found)})
+
+    return says
+
+
+def number(panel: dict, point: dict) -> str:
+    return f"{100 * point['y']:.0f} %" if panel["share"] else f"{point['y']:.1f}"
+
+
+def differences(data: dict) -> list[dict]:
+    return [p for panel in data["panels"] for p in panel["series"].get(GAIN, [])]
+
+
+def effects(data: dict) -> str:
+    """Which ablations differ from the baseline, largest first."""
+    points = sorted(differences(data), key=lambda p: -abs(p["y"]))
+    shown = [f"{p['x']} ({p['y']:+.1f} points)" for p in points if paper_figures.clear(p)]
+    if not shown:
+        return f"None of {len(points)} changes shows a difference that exceeds the noise between seeds."
+    others = f"; the other {len(points) - len(shown)} do not exceed it" if len(shown) < len(points) else ""
+    return f"A difference beyond the noise between seeds: {', '.join(shown)}{others}."
+
+
+def compared(title: str, names: tuple[str, ...], text: str) -> Figure:
+    """Some ablations: their curves, their differences to the baseline, their code."""
+    return Figure(title, ("baseline", *names), paper_figures.curves, effects, text, (), names)
 
 
 FEW_MISTAKES = "The bundled planner makes few mistakes of form to begin with, so it has little to lose there."
-BASE = (TEST, LABELS["baseline"])
+COMPARED = {
+    "credit": compared(
+        "Ablation: credit of the turns", ("last-turn", "fading-credit", "same-turn"),
+        "None: the paper broadcasts the outcome to every turn (Eq. 4) without an ablation.",
+    ),
+    "statistics": compared(
+        "Ablation: statistics and means", ("turn-pooled", "no-std", "token-mean"),
+        "None: mean and standard deviation are over the trajectories of a group (Eq. 7), means over turns and tokens "
+        "nested (Eq. 5). The authors' code pools over turns and takes a mean over tokens; to leave out the standard "
+        "deviation is Dr. GRPO's idea (arXiv 2503.20783).",
+    ),
+    "group": compared(
+        "Ablation: group size", ("group-2", "group-4", "group-16"),
+        "None: the paper uses groups of 8 throughout. Here the number of trajectories per step stays the same: larger "
+        "groups mean fewer questions.",
+    ),
+    "kl": compared(
+        "Ablation: weight of the KL", ("no-kl", "more-kl"),
+        "None: the paper uses 0.001.",
+    ),
+    "updates": compared(
+        "Ablation: updates per step and clip", ("one-update", "wide-clip", "four-updates", "four-updates-wide-clip"),
+        "None: the paper says neither how many updates it makes nor its clip; the authors ran a clip of 0.2 below and "
+        "0.3 above. With a single update the ratio is 1 and no clip acts. Flow-GRPO here makes two.",
+    ),
+    "ratio": compared(
+        "Ablation: ratio", ("gspo", "cispo"),
+        "None: the ratio is one of tokens (Eq. 6). The ideas are from arXiv 2507.18071 and arXiv 2506.13585.",
+    ),
+}  # fmt: skip
 FIGURES = {
     "main": Figure(
         "Main result", ("main",), paper_figures.main_result,
+        moves(UNTRAINED, "all", TRAINED, "all", "Flow-GRPO takes the planner from {a} to {b} of the test questions."),
         "Tables 1 and 2, a planner of 7B before and after Flow-GRPO, accuracy over 3 trials: search 47.2 to 57.3 %, "
         "agentic 17.2 to 33.1 %, mathematics 31.7 to 51.5 %, science 56.5 to 63.5 %.",
         tuple(Claim((TRAINED, family), (UNTRAINED, family), 1, "more in all four domains")
               for family in ("all", "lookup", "two-hop", "three-hop", "difference", "earlier", "arithmetic")),
     ),
+    "elsewhere": Figure(
+        "Generalisation: did it learn to plan, or the answers?", tuple(paper_figures.ELSEWHERE),
+        paper_figures.elsewhere,
+        moves("untrained", "another world", "trained", "another world",
+              "In a world that shares no fact with the one of its training, the planner rises from {a} to {b}: it has "
+              "learnt to plan, not the answers."),
+        "Fig. 10 tests budgets that the training did not have. Other worlds and families have no counterpart.",
+        (Claim(("trained", "another world"), ("untrained", "another world")),
+         Claim(("trained", "families without training"), ("untrained", "families without training")),
+         Claim(("trained", "the hard split"), ("untrained", "the hard split"))),
+        table=paper_figures.elsewhere_table,
+    ),
     "training": Figure(
-        "How the planner was trained", ("main", "taught"), paper_figures.how_trained,
+        "How the planner was trained", ("main", "imitation-peer"), paper_figures.how_trained,
+        moves(TEST, "fine-tuned on its successes", TEST, "Flow-GRPO",
+              "Imitation of a peer's successes reaches {a}, Flow-GRPO {b}: here imitation does not collapse."),
         "Table 3, mean of six benchmarks: frozen 38.5 %, GPT-4o frozen 44.3 %, fine-tuned on GPT-4o's traces 19.5 %, "
         "Flow-GRPO 55.7 %. Here the stronger planner plans ideally in 3 of 4 turns and as clumsily as the backbone's "
-        "own teacher in the fourth. Fine-tuning sees its successful trajectories, one per question, 3 times.",
-        (Claim((TEST, "ideal in 3 of 4 turns, frozen"), (TEST, "frozen"), 1, "+5.8 points"),
+        "own teacher in the fourth; its accuracy is over the questions of the traces. Fine-tuning sees its "
+        "successes, one per question, 3 times.",
+        (Claim((TEST, "stronger planner, frozen"), (TEST, "frozen"), 1, "+5.8 points"),
          Claim((TEST, "fine-tuned on its successes"), (TEST, "frozen"), -1, "-19.0 points",
-               "Here the traces are in the very words that the planner already writes, their noise is known, and only "
-               "successes are kept. The paper gives neither number nor filter of its traces; a fall below the frozen "
-               "planner points to a broken format or to over-fitting rather than to a principle."),
+               "this teacher sees what the student sees. The next figure shows teachers that do not."),
          Claim((TEST, "Flow-GRPO"), (TEST, "frozen"), 1, "+17.2 points"),
          Claim((TEST, "Flow-GRPO"), (TEST, "fine-tuned on its successes"), 1, "+36.2 points",
-               "Imitated successes teach the same habits here, and they come from a planner that knows the way; "
-               "Flow-GRPO has to find it."),
-         Claim((TEST, "Flow-GRPO"), (TEST, "ideal in 3 of 4 turns, frozen"), 1, "+11.4 points",
-               "The stronger planner here reads its plans off the facts; GPT-4o has to find them.")),
+               "imitated successes teach the same habits here."),
+         Claim((TEST, "Flow-GRPO"), (TEST, "stronger planner, frozen"), 1, "+11.4 points",
+               "the stronger planner here reads its plans off the facts; GPT-4o has to find them.")),
     ),
-    "credit": Figure(
-        "Credit assignment", COMPARED[:6], paper_figures.credit,
-        "None: the paper broadcasts the outcome to every turn (Eq. 4), takes mean and standard deviation over the "
-        "group's trajectories (Eq. 7) and a KL weight of 0.001 without an ablation. The authors' code pools the "
-        "statistics over turns.",
-        tuple(Claim((TEST, LABELS[name]), BASE) for name in COMPARED[1:6]),
-        ("last-turn", "turn-pooled", "no-kl"),
+    "imitation": Figure(
+        "When does imitation collapse?", ("imitation-",), paper_figures.imitation,
+        moves(TEST, "peer", TEST, "privileged-tool",
+              "Imitation reaches {a} if the teacher sees what the student sees, and {b} if the teacher's tool knows "
+              "what the student's does not."),
+        "Table 3: fine-tuning on GPT-4o's successes falls from 38.5 to 19.5 %. The paper does not say how they were "
+        "made. Each way here is a possible cause; lab/imitation.py has the hypotheses from before the runs.",
+        tuple(Claim((TEST, way), (TEST, "frozen")) for way in WAYS),
+        table=paper_figures.imitation_table,
     ),
+    "ablations": Figure(
+        "Ablations that differ", (*ABLATIONS, "group-"), paper_figures.ablations, effects,
+        "None of these has an ablation in the paper. All runs here have the same number of rollouts on the hard split, "
+        "and each is compared with Flow-GRPO of the same seed by the area under its learning curve.",
+        table=paper_figures.ablation_table,
+    ),
+    **COMPARED,
     "tools": Figure(
         "Tools and mistakes over training", ("main",), paper_figures.tools,
+        moves("Search", FIRST, "Search", LAST, "Search rises from {a} to {b} of the turns."),
         "Step 0 to 32, share of calls: 2Wiki Google 28.5 to 70.5 %, Wikipedia 28.8 to 4.0 %; MedQA base generator "
         "28.7 to 6.3 %, Wikipedia 0 to 59.8 %. Tool-call errors fall by 28.4 points on GAIA, 19.4 on 2Wiki, 7.8 on "
         "Bamboogle, 8.4 on AIME24.",
@@ -147,6 +229,7 @@ FIGURES = {
     ),
     "length": Figure(
         "Reward and length over training", ("main",), paper_figures.over_training,
+        moves("turns", FIRST, "turns", LAST, "A question takes {b} turns after the training instead of {a}."),
         "Fig. 8: the training reward rises; the planner's response length rises first, then shrinks and settles.",
         (Claim(("Flow-GRPO", LAST), ("Flow-GRPO", FIRST), 1, "rises"),
          Claim(("tokens", LAST), ("tokens", FIRST)),
@@ -154,46 +237,39 @@ FIGURES = {
     ),
     "budget": Figure(
         "Turn budget", ("turn-budget",), paper_figures.by_budget,
+        moves("trained", 4, "trained", LAST,
+              "The trained planner answers {a} with the 4 turns of its training, and {b} with twice as many."),
         "Fig. 10: accuracy rises up to the largest budget, 10, on all four benchmarks; turns used with budgets of "
         "3, 5, 7, 10: 2Wiki 2.22, 3.18, 3.81, 4.44; Game of 24 1.63, 2.12, 2.36, 2.67; GAIA 2.43, 3.46, 4.28, 5.42. "
         "All planners here were trained with a budget of 4.",
         (Claim(("trained", LAST), ("trained", FIRST), 1, "rises"),
          Claim(("trained", LAST), ("trained", 4), 1, "rises beyond the budget of the training, 3",
-               "No question here needs more than three good turns."),
+               "no question here needs more than three good turns."),
          Claim(("untrained", LAST), ("untrained", FIRST))),
     ),
     "size": Figure(
-        "Backbone size", ("baseline", "pretrain", "small"), paper_figures.by_size,
+        "Backbone size", ("main", "pretrain", "small"), paper_figures.by_size,
+        moves(TRAINED, FIRST, TRAINED, LAST, "The smaller planner reaches {a}, the bundled one {b}."),
         "Fig. 9: Flow-GRPO helps backbones of 3B and of 7B, in bars without numbers. There the backbone plays all "
         "modules; here the planner alone is smaller: 2 of 3 layers, and half the pretraining steps.",
         (Claim((TRAINED, FIRST), (UNTRAINED, FIRST), 1, "more"), Claim((TRAINED, LAST), (UNTRAINED, LAST), 1, "more"),
          Claim((TRAINED, LAST), (TRAINED, FIRST))),
     ),
-    "group": Figure(
-        "Group size", ("baseline", "group-"), paper_figures.by_group,
-        "None: the paper uses groups of 8 throughout. Here the number of trajectories per step stays the same: larger "
-        "groups mean fewer questions.",
-        (Claim((TEST, LAST), (TEST, FIRST)),),
+    "long": Figure(
+        "Hundreds of steps at a constant learning rate", tuple(paper_figures.LONG), paper_figures.long_training,
+        moves("KL weight 0.001", LAST, "without KL", LAST,
+              "At the end the training reward is {a} with the KL and {b} without."),
+        "None: the paper's curves end after about 40 steps.",
+        (Claim(("KL weight 0.001", LAST), ("without KL", LAST)),),
+        table=paper_figures.long_table,
     ),
-    "variant-std": variant(
-        "Variant: GRPO without standard deviation", "no-std", "baseline",
-        "None; the idea is Dr. GRPO's (arXiv 2503.20783): the division favours questions that are nearly always solved "
-        "or failed.",
-    ),
-    "variant-dapo": variant(
-        "Variant: asymmetric clip and token mean", "dapo", "two-updates",
-        "None in the paper; the authors ran a clip of 0.2 below and 0.3 above and a mean over tokens. The idea is "
-        "DAPO's (arXiv 2503.14476); its resampling of groups without signal is left out. With a single update per step "
-        "the ratio is 1 and no clip can matter: hence two.",
-    ),
-    "variant-gspo": variant(
-        "Variant: ratio of the whole turn", "gspo", "two-updates",
-        "None; the idea is GSPO's (arXiv 2507.18071). With a single update per step it would equal Flow-GRPO: hence "
-        "two.",
-    ),
-    "variant-credit": variant(
-        "Variant: turn-level credit", "fading-credit", "baseline",
-        "None: in the paper all turns of a trajectory have the same advantage (Eq. 4, Eq. 7).",
+    "noise": Figure(
+        "A judge that errs", ("main", "noisy-10", "noisy-20"), paper_figures.noise,
+        moves(TEST, "exact", TEST, "20 % wrong", "With a fifth of the verdicts wrong, either way, it still reaches "
+              "{b}; with an exact judge {a}."),
+        "None: the paper's judge is GPT-4o, and its errors are not measured.",
+        (Claim((TEST, "10 % wrong"), (TEST, "exact")), Claim((TEST, "20 % wrong"), (TEST, "exact"))),
+        ("noisy-10", "noisy-20"),
     ),
 }  # fmt: skip
 
@@ -234,6 +310,7 @@ def write_figures(out: Path, scale: Scale) -> None:
             "made_by": fingerprints(name, scale),
             "runs": about_runs,
             "panels": figure.make(records) if records else [],
+            "table": figure.table(records) if records and figure.table else [],
         }
         write_atomically(out / f"{name}.json", json.dumps(data, indent=1))
 
@@ -274,30 +351,59 @@ def draw(name: str, panel: dict) -> str:
 
 
 def draw_panel(axis: Any, panel: dict) -> None:
-    scale = 100 if panel["share"] else 1
-    categories = list(dict.fromkeys(p["x"] for points in panel["series"].values() for p in points))
-    in_words = isinstance(categories[0], str)
-    for number, (label, points) in enumerate(panel["series"].items()):
-        colour, shift = COLOURS[number % len(COLOURS)], 0.2 * (number - (len(panel["series"]) - 1) / 2)
-        x = [categories.index(p["x"]) + shift if in_words else p["x"] for p in points]
-        y, low, high = ([scale * p[key] for p in points] for key in ("y", "low", "high"))
-        if in_words:
-            below, above = [a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]
-            axis.errorbar(x, y, [below, above], fmt="o", color=colour, capsize=4, label=label)
-            for place, p in zip(x, points):
-                each = [scale * value for value in p["seeds"].values()]
-                axis.plot([place + 0.08] * len(each), each, "_", color=colour, alpha=0.6)
-        else:
-            axis.plot(x, y, color=colour, label=label, marker="." if len(x) < 12 else None)
-            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-    if in_words:
-        axis.set_xticks(range(len(categories)), categories, rotation=20, ha="right")
-        axis.set_xlim(-0.5, len(categories) - 0.5)
-    axis.set(xlabel=panel["x"], ylabel=panel["y"], ylim=(0, panel.get("top", 102 if panel["share"] else None)))
+    points = [p for points in panel["series"].values() for p in points]
+    if panel.get("flat"):
+        return draw_flat(axis, panel, points)
+    if isinstance(points[0]["x"], str):
+        draw_categories(axis, panel, list(dict.fromkeys(p["x"] for p in points)))
+    else:
+        draw_lines(axis, panel)
+    top = panel.get("top", 102 if panel["share"] else None)
+    axis.set(xlabel=panel["x"], ylabel=panel["y"])
+    if panel.get("signed"):
+        axis.axhline(0, color="#888")
+    else:
+        axis.set_ylim(0, top)
     axis.grid(alpha=0.3)
     if len(panel["series"]) > 1:
         axis.legend(fontsize=8)
+
+
+def draw_lines(axis: Any, panel: dict) -> None:
+    scale = 100 if panel["share"] else 1
+    for number, (label, points) in enumerate(panel["series"].items()):
+        colour, x = COLOURS[number % len(COLOURS)], [p["x"] for p in points]
+        y, low, high = ([scale * p[key] for p in points] for key in ("y", "low", "high"))
+        axis.plot(x, y, color=colour, label=label, marker="." if len(x) < 12 else None)
+        axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def draw_categories(axis: Any, panel: dict, categories: list[str]) -> None:
+    scale, count = 100 if panel["share"] else 1, len(panel["series"])
+    for number, (label, points) in enumerate(panel["series"].items()):
+        colour, shift = COLOURS[number % len(COLOURS)], 0.6 / max(3, count) * (number - (count - 1) / 2)
+        x = [categories.index(p["x"]) + shift for p in points]
+        y, low, high = ([scale * p[key] for p in points] for key in ("y", "low", "high"))
+        below, above = [a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]
+        axis.errorbar(x, y, [below, above], fmt="o", color=colour, capsize=4, label=label)
+        for place, p in zip(x, points):
+            each = [scale * value for value in p["seeds"].values()]
+            axis.plot([place + 0.08] * len(each), each, "_", color=colour, alpha=0.6)
+    axis.set_xticks(range(len(categories)), categories, rotation=20, ha="right")
+    axis.set_xlim(-0.5, len(categories) - 0.5)
+
+
+def draw_flat(axis: Any, panel: dict, points: list[dict]) -> None:
+    """Differences as dots with bars, a line for each; what excludes zero is in colour."""
+    for place, p in enumerate(reversed(points)):
+        colour = COLOURS[1] if paper_figures.clear(p) else "#888"
+        axis.errorbar(p["y"], place, xerr=[[p["y"] - p["low"]], [p["high"] - p["y"]]], fmt="o", color=colour, capsize=3)
+        axis.plot(list(p["seeds"].values()), [place - 0.25] * len(p["seeds"]), "|", color=colour)
+    axis.set_yticks(range(len(points)), [p["x"] for p in reversed(points)])
+    axis.axvline(0, color="#888")
+    axis.set_xlabel(panel["y"])
+    axis.grid(alpha=0.3, axis="x")
 
 
 # --- sentences --------------------------------------------------------------------------------------------------------
@@ -370,7 +476,7 @@ def section(name: str, figure: Figure, data: dict) -> str:
     sizes, seeds = [p["n"] for p in points], dict.fromkeys(seed for p in points for seed in p["seeds"])
     n = f"{min(sizes):,.0f}" + (f" to {max(sizes):,.0f}" if max(sizes) > min(sizes) else "")
     drawings = "\n".join(draw(name, panel) for panel in data["panels"])
-    text += f'<figure><div class="panels">{drawings}</div>\n<figcaption>'
+    text += f'<p class="says">{e(figure.says(data))}</p>\n<figure><div class="panels">{drawings}</div>\n<figcaption>'
     text += f"n = {n} values behind a point, {seeds_text(seeds)}; bars and bands are 95 % intervals, small dashes are "
     text += f'single seeds. <a href="{name}.json">{name}.json</a><br>\n<b>In the paper.</b> {e(figure.paper)}'
     text += "</figcaption></figure>\n<ul>\n"
@@ -378,9 +484,17 @@ def section(name: str, figure: Figure, data: dict) -> str:
         if line := sentence(data, claim):
             text += f"<li>{e(line)}</li>\n"
     text += "</ul>\n"
+    if data["table"]:
+        text += f'<div class="wide">\n<table class="small">\n{rows(data["table"])}</table>\n</div>\n'
     for variant in figure.variants:
         text += f"<p>The edit: {e(LABELS[variant])}</p>\n<pre>{e(code_of(variant))}</pre>\n"
     return text + "</section>\n"
+
+
+def rows(table: list[list[str]]) -> str:
+    kinds = ["th", *["td"] * (len(table) - 1)]
+    lines = ["".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in row) for kind, row in zip(kinds, table)]
+    return "".join(f"<tr>{line}</tr>\n" for line in lines)
 
 
 QUICK_NOTE = """<p class="note">This is the quick version: one seed, few steps, few questions. Small differences mean
@@ -399,6 +513,7 @@ h2 { margin: 2.5em 0 .5em; } figure { margin: 0; } figcaption, .small { font-siz
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); background: #fff; }
 .wide { overflow-x: auto; } svg { display: block; width: 100%; max-width: 37rem; height: auto; }
 pre { overflow-x: auto; font-size: 13px; padding: .8rem; border: 1px solid #8888; }
+.says { font-size: 20px; font-weight: 600; margin: .5em 0; }
 .note { border-left: 4px solid #d55e00; padding: .5rem 1rem; font-weight: 600; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem .8rem .2rem 0; vertical-align: top; }
 </style>
@@ -415,25 +530,38 @@ intervals are a little too narrow, and a difference is called clear only if the 
 
 
 def write_page(out: Path) -> Path:
-    """OUT/index.html from the figures' JSON, which must be of this code."""
-    figures, e = read_figures(out), html.escape
+    """The page from the figures' JSON, which must be of this code; its sentences and tables go to findings.md too."""
+    figures = read_figures(out)
     scale = SCALES[figures["main"]["scale"]]
     page = PAGE + ("" if scale.name == "full" else QUICK_NOTE) + INTRO
     page += "".join(section(name, FIGURES[name], data) for name, data in figures.items())
     page += '<section id="runs">\n<h2>Runs</h2>\n'
-    example = folder_of_runs(out, scale) / "main-seed0"
-    page += f"<p>To look into a training run: <code>python -m lab.report {e(str(example))}</code></p>\n"
-    page += '<div class="wide">\n<table class="small">\n'
-    page += "<tr><th>run</th><th>date</th><th>minutes since last start</th><th>differs from the defaults</th></tr>\n"
+    example = folder_of_runs(out, scale) / "main-seed0" / "run"
+    page += f"<p>To look into a training run: <code>python -m lab.report {html.escape(str(example))}</code></p>\n"
     runs: dict[str, dict] = {}
     for data in figures.values():
         runs |= data["runs"]
+    about = [["run", "date", "minutes since last start", "differs from the defaults"]]
     for name, run in runs.items():
         settings = ", ".join(f"{key} {value}" for key, value in run["settings"].items())
-        cells = (name, run["date"], f"{run['seconds'] / 60:.1f}", settings)
-        page += f"<tr>{''.join(f'<td>{e(cell)}</td>' for cell in cells)}</tr>\n"
-    write_atomically(out / "index.html", f"{page}</table>\n</div>\n</section>\n</html>\n")
+        about.append([name, run["date"], f"{run['seconds'] / 60:.1f}", settings])
+    page += f'<div class="wide">\n<table class="small">\n{rows(about)}</table>\n</div>\n</section>\n</html>\n'
+    write_atomically(
+        out / "findings.md", "\n".join(findings(name, data) for name, data in figures.items() if data["panels"])
+    )
+    write_atomically(out / "index.html", page)
     return out / "index.html"
+
+
+def findings(name: str, data: dict) -> str:
+    """A figure in Markdown: its sentence, its comparisons, its table."""
+    figure, text = FIGURES[name], ""
+    for claim in figure.claims:
+        if line := sentence(data, claim):
+            text += f"- {line}\n"
+    for number, row in enumerate(data["table"]):
+        text += f"| {' | '.join(row)} |\n" + ("|---" * len(row) + "|\n" if number == 0 else "")
+    return f"## {figure.title}\n\n**{figure.says(data)}**\n\n{text}"
 
 
 if __name__ == "__main__":

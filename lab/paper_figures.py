@@ -1,51 +1,77 @@
-"""From the records of the runs to the figures of `lab/paper.py`: each figure is some panels of points, as JSON.
+"""From the records of the runs to the figures of `lab/paper.py`: each figure is some panels of points and a table.
 
 A panel has series, a series has points, and a point has a mean with its 95 % interval over the values of all seeds. The
-mean of each seed is kept beside it.
+mean of each seed is kept beside it. Where runs are compared seed by seed, the point is the mean of the differences.
 """
 
 import math
-from collections.abc import Callable
+from statistics import mean, stdev
 from typing import Any
 
-import train
 from eval import wilson
+from lab.imitation import WAYS
+from lab.watch import WINDOW, stop_at
 from tools import TOOLS
 
 Records = dict[str, dict[int, dict]]  # name of the run, seed: data of its record
 Sums = list[float]  # n values, their sum, the sum of their squares
+Table = list[list[str]]  # its first row is the head
 LABELS = {
     "baseline": "Flow-GRPO",
     "last-turn": "reward on the last turn only",
     "fading-credit": "credit halves with each turn before the last",
+    "same-turn": "turns compared with turns of the same number",
     "turn-pooled": "statistics pooled over turns",
     "no-std": "without standard deviation",
+    "token-mean": "mean over all tokens",
+    "group-2": "groups of 2",
+    "group-4": "groups of 4",
+    "group-16": "groups of 16",
     "no-kl": "without KL",
-    "two-updates": "Flow-GRPO, two updates per step",
-    "dapo": "asymmetric clip and token mean, two updates",
-    "gspo": "sequence-level ratio, two updates",
+    "more-kl": "KL weight 0.01",
+    "one-update": "one update per step",
+    "wide-clip": "clip 0.2 and 0.3",
+    "four-updates": "four updates",
+    "four-updates-wide-clip": "four updates, clip 0.2 and 0.3",
+    "gspo": "ratio of the whole turn (GSPO)",
+    "cispo": "clipped ratio as a weight (CISPO)",
+    "noisy-10": "a tenth of the verdicts is wrong",
+    "noisy-20": "a fifth of the verdicts is wrong",
 }
 WHEN = {"before": "untrained", "after": "after Flow-GRPO"}
-TEST, MISTAKES = "test accuracy", "turns with a mistake"
+TEST, MISTAKES, GAIN = "test accuracy", "turns with a mistake", "difference to Flow-GRPO"
 REWARD, ACCURACY = "training reward (share of trajectories, %)", "test accuracy (share of questions, %)"
-TURN_STATISTICS = ("baseline", "last-turn", "fading-credit")
-GROUP_STATISTICS = ("baseline", "turn-pooled", "no-std", "no-kl")
+AREA = "difference in the mean training reward (points)"
+LONG = {"long": "KL weight 0.001", "long-no-kl": "without KL"}
 
 
 def point(x: Any, by_seed: dict[int, Sums], share: bool = True) -> dict:
     """The mean of all seeds' values at x, with its 95 % interval; `share`: whether the values lie between 0 and 1."""
     n, total, squares = map(sum, zip(*by_seed.values()))
-    mean = total / n
-    half = 1.96 * math.sqrt(max(0.0, squares / n - mean**2) / n)
-    low, high = wilson(total, n) if share else (mean - half, mean + half)
-    low, high = min(low, mean), max(high, mean)  # whatever rounding does
+    average = total / n
+    half = 1.96 * math.sqrt(max(0.0, squares / n - average**2) / n)
+    low, high = wilson(total, n) if share else (average - half, average + half)
+    low, high = min(low, average), max(high, average)  # whatever rounding does
     seeds = {seed: of_seed / count for seed, (count, of_seed, _) in by_seed.items()}
-    return {"x": x, "y": mean, "low": low, "high": high, "n": n, "seeds": seeds}
+    return {"x": x, "y": average, "low": low, "high": high, "n": n, "seeds": seeds}
 
 
-def panel(x: str, y: str, series: dict[str, list[dict]], share: bool = True) -> dict:
+# Of Student's distribution, by the number of differences: 95 % of its mass lies within so many standard errors.
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+
+
+def paired_point(x: str, by_seed: dict[int, float]) -> dict:
+    """The mean of differences, one for each seed, with its 95 % interval. A single one has no interval: it is drawn
+    from -100 to 100 points."""
+    values = list(by_seed.values())
+    half = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 100.0
+    middle = mean(values)
+    return {"x": x, "y": middle, "low": middle - half, "high": middle + half, "n": len(values), "seeds": by_seed}
+
+
+def panel(x: str, y: str, series: dict[str, list[dict]], share: bool = True, **more: Any) -> dict:
     """Labels of both axes, and the points of each series."""
-    return {"x": x, "y": y, "share": share, "series": series}
+    return {"x": x, "y": y, "share": share, "series": series, **more}
 
 
 def tested(figures: dict) -> Sums:
@@ -54,21 +80,14 @@ def tested(figures: dict) -> Sums:
     return [figures["n"], hits, hits]
 
 
-def over_steps(data: dict[int, dict], read: Callable[[dict], Sums], share: bool = True) -> list[dict]:
-    """A series over the steps of a training: what `read` finds in each step, over all seeds."""
+def over_steps(data: dict[int, dict], name: str, share: bool = True) -> list[dict]:
+    """A series over the steps of a training: what the records have under `name`, over all seeds."""
     by_step: dict[int, dict[int, Sums]] = {}
     for seed, record in data.items():
         for step in record["steps"]:
-            by_step.setdefault(step["step"], {})[seed] = read(step)
+            if step[name]:
+                by_step.setdefault(step["step"], {})[seed] = step[name]
     return [point(step, by_seed, share) for step, by_seed in by_step.items()]
-
-
-def reward_curves(records: Records, names: tuple[str, ...]) -> dict:
-    return panel("step", REWARD, {LABELS[name]: reward_curve(records[name]) for name in names})
-
-
-def reward_curve(data: dict[int, dict]) -> list[dict]:
-    return over_steps(data, lambda step: step["reward"])
 
 
 def test_point(x: str, data: dict[int, dict], which: str = "after") -> dict:
@@ -76,11 +95,11 @@ def test_point(x: str, data: dict[int, dict], which: str = "after") -> dict:
     return point(x, {seed: tested(record[which]) for seed, record in data.items()})
 
 
-def accuracies(records: Records, names: tuple[str, ...]) -> dict:
-    return panel("", ACCURACY, {TEST: [test_point(LABELS[name], records[name]) for name in names]})
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
-# --- the panels of each figure ----------------------------------------------------------------------------------------
+# --- the main result and how the planner was trained ------------------------------------------------------------------
 
 
 def main_result(records: Records) -> list[dict]:
@@ -95,45 +114,176 @@ def main_result(records: Records) -> list[dict]:
 
 
 def how_trained(records: Records) -> list[dict]:
-    main, taught = records["main"], records["taught"]
+    main, peer = records["main"], last_round(records["imitation-peer"])
     points = [
         test_point("frozen", main, "before"),
-        test_point("ideal in 3 of 4 turns, frozen", taught, "teacher"),
-        test_point("fine-tuned on its successes", taught, "student"),
-        test_point("Flow-GRPO", main, "after"),
+        test_point("stronger planner, frozen", peer, "teacher"),
+        test_point("fine-tuned on its successes", peer),
+        test_point("Flow-GRPO", main),
     ]
     return [panel("planner", ACCURACY, {TEST: points})]
 
 
-def side_by_side(records: Records) -> list[dict]:
-    names = tuple(records)
-    panels = [reward_curves(records, names), accuracies(records, names)]
-    if "two-updates" in names:  # does the clip do anything?
-        clipped = {LABELS[name]: over_steps(records[name], lambda step: step["clipped"]) for name in names}
-        panels.append(panel("step", "tokens clipped in the second update (%)", clipped) | {"top": None})
-    return panels
+def last_round(data: dict[int, dict]) -> dict[int, dict]:
+    return {seed: record | {"after": record["rounds"][-1]} for seed, record in data.items()}
 
 
-def credit(records: Records) -> list[dict]:
-    names = (*TURN_STATISTICS, *GROUP_STATISTICS[1:])
-    curves = [reward_curves(records, some) for some in (TURN_STATISTICS, GROUP_STATISTICS)]
-    return [*curves, accuracies(records, names)]
+def ways(records: Records) -> dict[str, dict[int, dict]]:
+    return {way: last_round(records[f"imitation-{way}"]) for way in WAYS}
+
+
+def imitation(records: Records) -> list[dict]:
+    data = ways(records)
+    frozen = test_point("frozen", data["peer"], "before")
+    families = {}
+    for family in next(iter(data["peer"].values()))["after"]["by_family"]:
+        families[family] = [
+            point(way, {seed: tested(record["after"]["by_family"][family]) for seed, record in of_way.items()})
+            for way, of_way in data.items()
+        ]
+    return [
+        panel("", ACCURACY, {TEST: [frozen, *(test_point(way, of_way) for way, of_way in data.items())]}),
+        panel("", ACCURACY, families, small=True),
+    ]
+
+
+def imitation_table(records: Records) -> Table:
+    """The behaviour beside the accuracy. A difference is over the same questions, one for each seed."""
+    rows = [["way", "its teacher", "frozen", "after", "difference", "Search", "invented", "errors", "cut off", "KL"]]
+    for way, data in ways(records).items():
+        own = list(data.values())
+        last = [record["after"] for record in own]
+        cells = [percent(mean(values)) for values in (
+            [record["teacher"]["accuracy"] for record in own], [record["before"]["accuracy"] for record in own],
+            [r["accuracy"] for r in last], [r["tool_shares"]["Search"] for r in last], [r["invented"] for r in last],
+            [r["tool_error_rate"] for r in last], [r["truncated_turns"] for r in last],
+        )]  # fmt: skip
+        gaps = ([100 * x for x in (r["paired"]["difference"], *r["paired"]["interval"])] for r in last)
+        cells.insert(3, ", ".join("{:+.0f} [{:+.0f}, {:+.0f}]".format(*gap) for gap in gaps))
+        rows.append([way, *cells, f"{mean(r['kl'] for r in last):.2f}"])
+    return rows
+
+
+# --- ablations, each against the baseline of the same seed ------------------------------------------------------------
+
+
+def area(record: dict) -> float:
+    """The area under a learning curve, as the mean reward of its steps."""
+    return mean(step["reward"][1] / step["reward"][0] for step in record["steps"])
+
+
+def differences(records: Records, names: list[str]) -> list[dict]:
+    base = records["baseline"]
+    return [
+        paired_point(LABELS[name], {s: 100 * (area(record) - area(base[s])) for s, record in records[name].items()})
+        for name in names
+    ]
+
+
+def ablations(records: Records) -> list[dict]:
+    names = [name for name in records if name != "baseline"]
+    return [panel("", AREA, {GAIN: differences(records, names)}, False, signed=True, flat=True)]
+
+
+def curves(records: Records) -> list[dict]:
+    """The learning curves, and the differences in the area under them."""
+    series = {LABELS[name]: over_steps(data, "reward") for name, data in records.items()}
+    gain = differences(records, [name for name in records if name != "baseline"])
+    return [panel("step", REWARD, series), panel("", AREA, {GAIN: gain}, False, signed=True)]
+
+
+def ablation_table(records: Records) -> Table:
+    """Mean training rewards of each variant, the difference to the baseline, and what a reader may conclude."""
+    rows = [["variant", "all steps", "last three", "difference, points", "what you may conclude"]]
+    for name, data in records.items():
+        last = {seed: {"steps": record["steps"][-3:]} for seed, record in data.items()}
+        cells = [LABELS[name], *(percent(mean(map(area, some.values()))) for some in (data, last))]
+        if name == "baseline":
+            rows.append([*cells, "", "This is what the rows below are compared with."])
+            continue
+        (gap,) = differences(records, [name])
+        text = f"{gap['y']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]" if gap["n"] > 1 else f"{gap['y']:+.1f}"
+        rows.append([*cells, text, conclusion(gap)])
+    return rows
+
+
+def conclusion(gap: dict) -> str:
+    n, half = gap["n"], (gap["high"] - gap["low"]) / 2
+    if n < 2:
+        return "Nothing: a single seed has no interval."
+    if clear(gap):
+        how = "more slowly" if gap["y"] < 0 else "faster"
+        return f"It learns {how} here, in all {n} seeds. Where it ends after more steps is not shown."
+    return f"No effect is shown: {n} seeds cannot see one below about {half:.0f} points."
+
+
+def clear(gap: dict) -> bool:
+    """Whether the interval of a difference excludes zero."""
+    return gap["low"] > 0 or gap["high"] < 0
+
+
+# --- what changes over a training -------------------------------------------------------------------------------------
 
 
 def tools(records: Records) -> list[dict]:
     main = records["main"]
-    shares = {tool: over_steps(main, lambda step: step["tools"][tool]) for tool in TOOLS}
-    errors = {MISTAKES: over_steps(main, lambda step: step["errors"])}
+    shares: dict[str, list[dict]] = {}
+    for tool in TOOLS:
+        used = {seed: {"steps": [s | {"used": s["tools"][tool]} for s in r["steps"]]} for seed, r in main.items()}
+        shares[tool] = over_steps(used, "used")
+    errors = {MISTAKES: over_steps(main, "errors")}
     return [panel("step", "turns with each tool (%)", shares), panel("step", f"{MISTAKES} (%)", errors)]
 
 
 def over_training(records: Records) -> list[dict]:
     main = records["main"]
     return [
-        panel("step", REWARD, {"Flow-GRPO": reward_curve(main)}),
-        panel("step", "tokens per turn", {"tokens": over_steps(main, lambda step: step["tokens"], False)}, False),
-        panel("step", "turns per question", {"turns": over_steps(main, lambda step: step["turns"], False)}, False),
+        panel("step", REWARD, {"Flow-GRPO": over_steps(main, "reward")}),
+        panel("step", "tokens per turn", {"tokens": over_steps(main, "tokens", False)}, False),
+        panel("step", "turns per question", {"turns": over_steps(main, "turns", False)}, False),
     ]
+
+
+def long_training(records: Records) -> list[dict]:
+    """Hundreds of steps at a constant learning rate: the reward, and what may warn of a collapse."""
+    kinds = {REWARD: "reward", "dev accuracy (%)": "dev", "groups without signal (%)": "zero_variance_groups"}
+    panels = []
+    for y, name in (kinds | {"entropy per token (nats)": "entropy", "KL to the initial policy": "kl"}).items():
+        share = y.endswith("%)")
+        series = {label: over_steps(records[run], name, share) for run, label in LONG.items()}
+        panels.append(panel("step", y, {k: smooth(points) for k, points in series.items()}, share))
+    return panels
+
+
+def smooth(points: list[dict]) -> list[dict]:
+    """Means over `WINDOW` steps, if there is a point for each step."""
+    if len(points) < 5 * WINDOW or points[-1]["x"] - points[0]["x"] >= len(points):
+        return points
+    parts = [points[i : i + WINDOW] for i in range(0, len(points), WINDOW)]
+    keys = ("y", "low", "high")
+    return [part[-1] | {key: mean(p[key] for p in part) for key in keys} for part in parts]
+
+
+def long_table(records: Records) -> Table:
+    rows = [["training", f"best {WINDOW} steps", f"last {WINDOW} steps", "test after", "the rule stops it", "dev then"]]
+    for run, label in LONG.items():
+        for seed, record in records[run].items():
+            rewards = [step["reward"][1] / step["reward"][0] for step in record["steps"]]
+            means = [mean(rewards[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(rewards))]
+            step = stop_at(record["steps"])
+            devs = [s["dev"][1] for s in record["steps"] if s["dev"] and s["step"] <= (step or math.inf)]
+            rows.append([f"{label}, seed {seed}", percent(max(means)), percent(means[-1]),
+                         percent(record["after"]["accuracy"]), f"step {step}" if step else "never",
+                         percent(devs[-1])])  # fmt: skip
+    return rows
+
+
+def noise(records: Records) -> list[dict]:
+    seeds = set(records["noisy-10"])
+    exact = {seed: record for seed, record in records["main"].items() if seed in seeds}
+    data = {"exact": exact, "10 % wrong": records["noisy-10"], "20 % wrong": records["noisy-20"]}
+    points = [test_point("untrained", exact, "before"), *(test_point(name, runs) for name, runs in data.items())]
+    return [panel("verdicts of the judge in training", ACCURACY, {TEST: points})]
 
 
 def by_budget(records: Records) -> list[dict]:
@@ -155,17 +305,41 @@ def by_budget(records: Records) -> list[dict]:
 def by_size(records: Records) -> list[dict]:
     sizes, series = records["pretrain"][0], {}
     for when, label in WHEN.items():
-        planners = {"small": records["small"], "bundled": records["baseline"]}
+        planners = {"small": records["small"], "bundled": records["main"]}
         series[label] = [test_point(f"{sizes[size] / 1e6:.2f} M", data, when) for size, data in planners.items()]
     return [panel("parameters of the planner", ACCURACY, series)]
 
 
-def by_group(records: Records) -> list[dict]:
-    runs = {train.Config.group_size: records["baseline"]}
-    for name, data in records.items():
-        if name != "baseline":
-            runs[int(name.removeprefix("group-"))] = data
-    runs = dict(sorted(runs.items()))
-    curves = {f"G = {size}": reward_curve(data) for size, data in runs.items()}
-    points = [test_point(f"G = {size}", data) for size, data in runs.items()]
-    return [panel("step", REWARD, curves), panel("", ACCURACY, {TEST: points})]
+# --- generalisation ---------------------------------------------------------------------------------------------------
+
+ELSEWHERE = {
+    "other-world": "another world",
+    "other-families": "families without training",
+    "more-turns": "8 turns after training with 3",
+    "harder": "the hard split",
+}
+
+
+def elsewhere(records: Records) -> list[dict]:
+    series: dict[str, list[dict]] = {"untrained": [], "trained": []}
+    for planner, points in series.items():
+        for name, label in ELSEWHERE.items():
+            points.append(test_point(label, records[name], planner))
+    families: dict[str, list[dict]] = {"untrained": [], "trained": []}
+    for planner, points in families.items():
+        for name in ("other-families", "harder"):
+            data = records[name]
+            for family in next(iter(data.values()))[planner]["by_family"]:
+                sums = {seed: tested(record[planner]["by_family"][family]) for seed, record in data.items()}
+                points.append(point(family if name == "harder" else f"{family} (not trained)", sums))
+    return [panel("", ACCURACY, series), panel("", ACCURACY, families)]
+
+
+def elsewhere_table(records: Records) -> Table:
+    rows = [["tested on", "seed", "untrained", "trained", "difference on the same questions"]]
+    for name, label in ELSEWHERE.items():
+        for seed, record in records[name].items():
+            gap = [100 * x for x in (record["paired"]["difference"], *record["paired"]["interval"])]
+            figures = [percent(record[planner]["accuracy"]) for planner in ("untrained", "trained")]
+            rows.append([label, str(seed), *figures, "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gap)])
+    return rows

@@ -10,7 +10,6 @@ import fcntl
 import inspect
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -24,63 +23,67 @@ from hashlib import sha256
 from itertools import groupby
 from modulefinder import ModuleFinder
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
-import torch
 from tqdm import tqdm
 
 import train
-from agent import AgentSystem, Trajectory, Turn
+from agent import AgentSystem
 from eval import evaluate
 from flow_grpo import broadcast_to_turns
-from lab.pretrain import PretrainConfig, encoder, make_backbone
-from lab.teacher import TEST_WORLD, IdealPlanner
-from lab.variants import COMPARED, FLAGS, PATCHES
+from lab import worlds
+from lab.imitation import BACKBONE, WAYS, learn
+from lab.paired import paired
+from lab.pretrain import PretrainConfig, make_backbone
+from lab.teacher import TEST_WORLD
+from lab.variants import ABLATIONS, FLAGS, PATCHES
 from llm import TransformersEngine, load_model
 from sandbox import Sandbox
-from tasks import load_corpus, load_examples, write_atomically
-from tinyworld.world import World
+from tasks import Corpus, Example, load_corpus, load_examples, write_atomically
+from tinyworld.world import FAMILIES, HARD_FAMILIES, HARD_TURNS
 from tools import TOOLS, UserError
 
 ROOT = Path(__file__).parent.parent
-BACKBONE = "tinyworld/backbone"
 
 # --- what is run ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """How much of everything: flags of train.py, seeds, and numbers of questions."""
 
     name: str
+    main: dict  # flags of the main result; empty: the defaults, as `python train.py`
     seeds: tuple[int, ...]  # of the main result
-    main: dict  # flags of train.py for the main result; empty: its defaults, as `python train.py`
-    few_seeds: tuple[int, ...]  # of the comparisons
-    short: dict  # flags of train.py for the comparisons
-    taught: int  # questions of the stronger planner, whose successes are imitated
-    budgets: tuple[int, ...]  # turns
-    budget_questions: int
-    group_sizes: tuple[int, ...]  # beside the default; the number of trajectories per step stays the same
+    hard: dict  # flags of the ablations
+    hard_seeds: tuple[int, ...]
+    few_seeds: tuple[int, ...]  # of imitation, generalisation, noisy judges and the smaller backbone
+    traces: int  # questions for traces; 0: as many as each way says
+    test_questions: int  # of imitation and of generalisation
+    budget_questions: int  # of each turn budget
+    long_steps: int = 0  # of the trainings at a constant learning rate; 0: none
     share: float = 0.0  # of the pretraining steps, for the smaller backbone; 0: none
 
 
-# The comparisons use the training reward and the test alone, and make one update per step where they do not vary it.
-SHORT = dict(dev_questions=1, eval_every=5, updates_per_step=1)
+BUDGETS = (1, 2, 3, 4, 5, 6, 7, 8)  # turns
+GROUP_SIZES = (2, 4, 16)  # beside the default; the number of trajectories per step stays the same
+EASY = dict(dev_questions=1, eval_every=5)
+HARD = EASY | dict(task="tinyworld-hard", max_turns=HARD_TURNS, test_questions=1)  # its curves tell, not its test
+LONG = dict(questions_per_step=4, decay=False, dev_questions=50, eval_every=20, test_questions=200)
 SCALES = {
     "full": Scale(
-        "full", (0, 1, 2), {}, (0, 1), SHORT | dict(steps=20, test_questions=300),
-        taught=576, budgets=(1, 2, 3, 4, 5, 6, 7, 8), budget_questions=200, group_sizes=(2, 4, 16), share=0.5,
+        "full", {}, (0, 1, 2), HARD | dict(steps=8, questions_per_step=6), (0, 1, 2, 3), (0,),
+        traces=0, test_questions=200, budget_questions=100, long_steps=300, share=0.25,
     ),
     "quick": Scale(
-        "quick", (0,), SHORT | dict(steps=20, test_questions=200),
-        (0,), SHORT | dict(steps=10, questions_per_step=8, test_questions=100),
-        taught=320, budgets=(1, 2, 3, 4, 5, 6, 7, 8), budget_questions=60, group_sizes=(2,),
+        "quick", EASY | dict(steps=12, test_questions=200), (0,), HARD | dict(steps=4, questions_per_step=4), (0,),
+        (0,),
+        traces=160, test_questions=60, budget_questions=20,
     ),
     "tiny": Scale(  # of the tests
-        "tiny", (0,), SHORT | dict(steps=2, questions_per_step=2, group_size=2, test_questions=3, max_turns=2),
-        (0,), SHORT | dict(steps=2, questions_per_step=2, group_size=2, test_questions=2, max_turns=2),
-        taught=4, budgets=(1, 2), budget_questions=2, group_sizes=(4,), share=0.001,
+        "tiny", EASY | dict(steps=2, questions_per_step=2, group_size=2, test_questions=3, max_turns=2), (0,),
+        HARD | dict(steps=2, questions_per_step=2, group_size=2, max_turns=2), (0,), (0,),
+        traces=12, test_questions=2, budget_questions=2, long_steps=2, share=0.001,
     ),
 }  # fmt: skip
 
@@ -92,48 +95,74 @@ class Run:
     work: Callable[["Run", Path], dict]  # makes its record, for the figures; a folder is given to it
     settings: dict = field(default_factory=dict)
     needs: tuple[str, ...] = ()  # runs whose folders it reads
-    seconds: float = 60.0  # on two quiet cores, as `plan` estimates
+    seconds: float = 60.0  # on one quiet core, as `plan` estimates
 
     @property
     def id(self) -> str:
         return f"{self.name}-seed{self.seed}"
 
 
-# Seconds of each piece of work, a little above what the runs of docs/paper.md took.
-PROCESS, TRAJECTORY, FURTHER_UPDATE, TEST_QUESTION = 12, 0.042, 0.012, 0.035
-
-
 def plan(scale: Scale) -> list[Run]:
-    """All runs, in order."""
-    runs = [training("main", seed, scale.main) for seed in scale.seeds]
-    for seed in scale.seeds:
-        tested = train.Config(**scale.main).test_questions
-        settings = dict(questions=scale.taught, test_questions=tested, skill=0.75, epochs=3)
-        runs.append(Run("taught", seed, learn_from_teacher, settings, (), PROCESS + 0.08 * scale.taught + 35))
-        settings = dict(budgets=scale.budgets, questions=scale.budget_questions)
-        seconds = PROCESS + TEST_QUESTION * 2 * scale.budget_questions * len(scale.budgets)
-        runs.append(Run("turn-budget", seed, turn_budgets, settings, (f"main-seed{seed}",), seconds))
-    for name in COMPARED:
-        runs += [training(name, seed, scale.short | FLAGS.get(name, {})) for seed in scale.few_seeds]
-    default = train.Config(**scale.short)
-    for size in scale.group_sizes:
-        groups = dict(group_size=size, questions_per_step=default.questions_per_step * default.group_size // size)
-        runs += [training(f"group-{size}", seed, scale.short | groups) for seed in scale.few_seeds]
+    """All runs, in order: what takes longest begins first."""
+    runs = []
+    if scale.long_steps:
+        runs += [training(f"long{kl}", 0, LONG | dict(steps=scale.long_steps) | FLAGS.get(kl[1:], {}))
+                 for kl in ("", "-no-kl")]  # fmt: skip
     if scale.share:
-        settings = dict(layers=2, share=scale.share)
-        runs.append(Run("pretrain", 0, pretrain_backbone, settings, (), PROCESS + 1000 * scale.share))
-        runs += [training("small", seed, scale.short, ("pretrain-seed0",)) for seed in scale.few_seeds]
+        runs.append(Run("pretrain", 0, pretrain_backbone, dict(layers=2, share=scale.share), (), 1500 * scale.share))
+    runs += [training("main", seed, scale.main) for seed in scale.seeds]
+    for name in ABLATIONS:
+        runs += [training(name, seed, scale.hard | FLAGS.get(name, {})) for seed in scale.hard_seeds]
+    hard = train.Config(**scale.hard)
+    for size in GROUP_SIZES:
+        groups = dict(group_size=size, questions_per_step=max(1, hard.questions_per_step * hard.group_size // size))
+        runs += [training(f"group-{size}", seed, scale.hard | groups) for seed in scale.hard_seeds]
+    few = scale.main | EASY | dict(test_questions=min(scale.test_questions, scale.main.get("test_questions", 500)))
+    for seed in scale.few_seeds:
+        questions = dict(questions=scale.traces, test_questions=scale.test_questions)
+        runs += [
+            Run(f"imitation-{way}", seed, imitate, questions, (), PROCESS + 75 * min(1, (scale.traces or 640) / 640))
+            for way in WAYS
+        ]
+        runs += [training(name, seed, few) for name in ("noisy-10", "noisy-20")]
+        runs.append(training("three-families", seed, few | dict(families=THREE_FAMILIES)))
+        runs.append(training("three-turns", seed, few | dict(max_turns=3)))
+        if scale.share:
+            runs.append(training("small", seed, few, ("pretrain-seed0",)))
+    for seed in scale.seeds:
+        seconds = PROCESS + TEST_TURN * 6 * scale.budget_questions * len(BUDGETS)
+        runs.append(Run("turn-budget", seed, turn_budgets, dict(questions=scale.budget_questions),
+                        (f"main-seed{seed}",), seconds))  # fmt: skip
+    for name, (planner, settings) in TRANSFERS.items():
+        settings = settings | dict(questions=scale.test_questions)
+        seconds = PROCESS + TEST_TURN * 8 * scale.test_questions
+        for seed in scale.seeds if planner == "main" else scale.few_seeds:
+            runs.append(Run(name, seed, transfer, settings, (f"{planner}-seed{seed}",), seconds))
     return runs
+
+
+THREE_FAMILIES = ("lookup", "two-hop", "difference")
+TRANSFERS = {  # planner of which run, and what it is tested on
+    "other-families": ("three-families", dict(families=("three-hop", "earlier", "four-hop"))),
+    "other-world": ("main", dict(world=1)),
+    "more-turns": ("three-turns", dict(max_turns=8)),
+    "harder": ("main", dict(families=HARD_FAMILIES, max_turns=HARD_TURNS)),
+}
+
+# Seconds of each piece of work on one core, a little above what the runs of docs/paper.md took.
+PROCESS, TURN, TURN_OF_UPDATE, TEST_TURN = 9, 0.009, 0.0025, 0.01
 
 
 def training(name: str, seed: int, flags: dict, needs: tuple[str, ...] = ()) -> Run:
     """A run of train.py with these flags, and the seconds that it may take."""
-    config = train.Config(**flags)
-    per_trajectory = TRAJECTORY + FURTHER_UPDATE * (config.updates_per_step - 1)
+    config = train.Config(**{flag: value for flag, value in flags.items() if flag != "families"})
     trajectories = config.steps * config.questions_per_step * config.group_size
+    turns = 0.7 * config.max_turns  # of a trajectory, as the planner learns
+    turns *= (config.max_turns / 4) ** 1.5  # later turns have longer prompts
+    per_trajectory = turns * (TURN + TURN_OF_UPDATE * config.updates_per_step)
     evaluations = (config.steps - 1) // config.eval_every + 1
     asked = 2 * (config.test_questions or 500) + evaluations * config.dev_questions
-    seconds = PROCESS + per_trajectory * trajectories + TEST_QUESTION * asked
+    seconds = PROCESS + per_trajectory * trajectories + TEST_TURN * turns * asked
     return Run(name, seed, train_planner, flags, needs, seconds)
 
 
@@ -146,16 +175,20 @@ def by_id(scale: Scale) -> dict[str, Run]:
 
 def train_planner(run: Run, folder: Path) -> dict:
     """train.py with the run's flags, and with one of its functions replaced if the run is such a variant."""
-    config = train.Config(run_dir=str(folder), seed=run.seed, device="cpu", **run.settings)
+    flags = dict(run.settings)
+    if families := flags.pop("families", ()):
+        flags["task"] = str(folder / "task")
+        worlds.main(worlds.WorldConfig(folder=flags["task"], families=list(families)))
+    config = train.Config(run_dir=str(folder / "run"), seed=run.seed, device="cpu", **flags)
     if run.needs:  # a planner of its own size; the bundled backbone plays all other modules, as ever
         config = replace(config, model=str(folder.parent / run.needs[0] / "model"), frozen_model=BACKBONE)
     place, function = PATCHES.get(run.name, ("broadcast_to_turns", broadcast_to_turns))
     with patch.object(train, place, function):
         train.main(config)
-    if not (folder / "result.json").exists():
+    if not (folder / "run" / "result.json").exists():
         raise UserError("stopped; the same command continues")
-    result = json.loads((folder / "result.json").read_text())
-    return {"before": result["before"], "after": result["after"], "steps": training_steps(folder)}
+    result = json.loads((folder / "run" / "result.json").read_text())
+    return {"before": result["before"], "after": result["after"], "steps": training_steps(folder / "run")}
 
 
 def training_steps(folder: Path) -> list[dict]:
@@ -164,19 +197,19 @@ def training_steps(folder: Path) -> list[dict]:
     steps = []
     with (folder / "rollouts.jsonl").open() as file:
         for step, group in groupby(map(json.loads, file), key=lambda t: t["step"]):
-            trajectories = list(group)
+            trajectories, of_step = list(group), metrics[step]
             turns = [turn for trajectory in trajectories for turn in trajectory["turns"]]
             lengths = [len(turn["completion_ids"]) for turn in turns]
-            used, tokens = Counter(turn["tool"] for turn in turns), sum(lengths)
-            clipped = metrics[step]["clip_fraction"] * tokens
+            used = Counter(turn["tool"] for turn in turns)
             steps.append({
                 "step": step,
                 "reward": moments([trajectory["reward"] for trajectory in trajectories]),
                 "turns": moments([len(trajectory["turns"]) for trajectory in trajectories]),
                 "tokens": moments(lengths),
                 "errors": moments([bool(turn["error"]) for turn in turns]),
-                "clipped": [tokens, clipped, clipped],
                 "tools": {tool: [len(turns), used[tool], used[tool]] for tool in TOOLS},
+                **{name: moments([of_step[name]]) for name in ("kl", "entropy", "zero_variance_groups", "grad_norm")},
+                "dev": moments([of_step["dev_accuracy"]]) if "dev_accuracy" in of_step else None,
             })  # fmt: skip
     return steps
 
@@ -186,61 +219,42 @@ def moments(values: list) -> list[float]:
     return [len(values), float(sum(values)), float(sum(x * x for x in values))]
 
 
-def learn_from_teacher(run: Run, folder: Path) -> dict:
-    """A stronger planner, and the backbone after supervised fine-tuning on that planner's successes."""
-    settings, world = run.settings, World(TEST_WORLD)
-    teacher = IdealPlanner(world.questions("train") + world.questions("test"), world, settings["skill"])
-    system = AgentSystem(teacher, TransformersEngine(BACKBONE), load_corpus("tinyworld"), Sandbox())
-    taught = load_examples("tinyworld", "train")[: settings["questions"]]
-    _, pairs = evaluate(system, taught, (run.seed, "taught"))
-    config = train.Config(model=BACKBONE)
-    policy, tokenizer, optimizer = train.build_trainer(config, train.choose_precision(config, "cpu"))
-    encode = encoder(tokenizer)
-    rows = [row_of(turn, encode) for _, trajectory in pairs if trajectory.reward == 1 for turn in trajectory.turns]
-    fine_tune(policy, optimizer, rows, settings["epochs"], run.seed)
-    student = TransformersEngine(BACKBONE)
-    student.load_weights(policy.state_dict().items())
-    test_set, record = load_examples("tinyworld", "test", settings["test_questions"]), {}
-    for name, planner in (("teacher", teacher), ("student", student)):
-        record[name], _ = evaluate(replace(system, planner=planner), test_set, (run.seed, "test"))
-    return record
-
-
-def row_of(turn: Turn, encode: Callable) -> Turn:
-    """The training row of a teacher's turn, which holds texts in place of ids; `lab.pretrain.encoder` encodes."""
-    ids, begin = encode(turn.prompt_ids[0], turn.completion_ids[0])
-    return Turn(ids[:begin], ids[begin:], [0.0] * (len(ids) - begin))
-
-
-def fine_tune(policy: Any, optimizer: torch.optim.Optimizer, rows: list[Turn], epochs: int, seed: int) -> None:
-    """Cross-entropy of the completions, 64 rows per optimizer step; all else is as in train.py.
-
-    The update is train.py's own. With advantages of 1 and a ratio of 1, the gradient of its loss is the gradient of the
-    cross-entropy.
-    """
-    rng = random.Random(f"sft {seed}")
-    order = [row for _ in range(epochs) for row in rng.sample(rows, len(rows))]
-    steps = [order[n : n + 64] for n in range(0, len(order), 64)]
-    config = train.Config(steps=len(steps), updates_per_step=1, kl_coef=0.0, aggregation="token-mean")
-    precision = train.choose_precision(config, "cpu")
-    for number, turns in enumerate(steps, start=1):
-        batches = train.make_batches([Trajectory("", turns, None, "")], torch.ones(1, 1), config, policy)
-        train.update_policy(policy, policy, optimizer, batches, config, precision, number)
+def imitate(run: Run, folder: Path) -> dict:
+    return learn(run.name.removeprefix("imitation-"), run.seed, **run.settings)
 
 
 def turn_budgets(run: Run, folder: Path) -> dict:
     """The untrained and the trained planner of a main run, evaluated with every turn budget."""
-    frozen = TransformersEngine(BACKBONE)
-    planners = {"untrained": frozen, "trained": TransformersEngine(folder.parent / run.needs[0] / "checkpoint")}
-    questions = load_examples("tinyworld", "test")[: run.settings["questions"]]
-    system = AgentSystem(frozen, frozen, load_corpus("tinyworld"), Sandbox())
-    record = {name: {} for name in planners}
-    for name, planner in planners.items():
-        for turns in run.settings["budgets"]:
-            _, pairs = evaluate(replace(system, planner=planner, max_turns=turns), questions, (run.seed, "test"))
+    questions, record = load_examples("tinyworld", "test", run.settings["questions"]), {}
+    for name, system in systems(run, folder).items():
+        record[name] = {}
+        for turns in BUDGETS:
+            _, pairs = evaluate(replace(system, max_turns=turns), questions, (run.seed, "test"))
             rewards, used = [t.reward for _, t in pairs], [len(t.turns) for _, t in pairs]
             record[name][turns] = {"reward": moments(rewards), "turns": moments(used)}
     return record
+
+
+def transfer(run: Run, folder: Path) -> dict:
+    """The untrained planner and a trained one where the second was not trained: figures, and the paired difference."""
+    settings = run.settings
+    world = worlds.world_of(settings.get("world", TEST_WORLD))
+    questions = world.questions("test", settings.get("families", FAMILIES))[: settings["questions"]]
+    examples = [Example(q.question, q.answer, q.family) for q in questions]
+    corpus, record, rewards = Corpus.from_articles(world.articles.items()), {}, {}
+    for name, system in systems(run, folder).items():
+        system = replace(system, corpus=corpus, max_turns=settings.get("max_turns", system.max_turns))
+        record[name], pairs = evaluate(system, examples, (run.seed, "test"))
+        rewards[name] = [trajectory.reward for _, trajectory in pairs]
+    return record | {"paired": paired(rewards["untrained"], rewards["trained"])}
+
+
+def systems(run: Run, folder: Path) -> dict[str, AgentSystem]:
+    """The system with the untrained planner, and with the one of the run that this run needs."""
+    frozen = TransformersEngine(BACKBONE)
+    untrained = AgentSystem(frozen, frozen, load_corpus(), Sandbox())
+    trained = TransformersEngine(folder.parent / run.needs[0] / "run" / "checkpoint")
+    return {"untrained": untrained, "trained": replace(untrained, planner=trained)}
 
 
 def pretrain_backbone(run: Run, folder: Path) -> dict:
@@ -312,47 +326,69 @@ def do(run: Run, folder: Path, made_by: str) -> None:
 
 
 def do_all(out: Path, scale: Scale) -> None:
-    """Every run that is not finished, each in a process of its own, under one bar for all of them."""
+    """Every run that is not finished, as many at a time as there are cores, under one bar for all of them."""
     runs, folder = by_id(scale), folder_of_runs(out, scale)
-    missing = [run for run in runs.values() if not finished(folder / run.id, fingerprint(run, runs))]
-    if not missing:
+    waiting = [run for run in runs.values() if not finished(folder / run.id, fingerprint(run, runs))]
+    if not waiting:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    seconds, to_do = sum(run.seconds for run in runs.values()), sum(run.seconds for run in missing)
+    total, workers = sum(run.seconds for run in runs.values()), min(8, os.cpu_count())
+    done = total - sum(run.seconds for run in waiting)
     shape = "{desc} {percentage:3.0f} %|{bar}| {elapsed} so far, {remaining} left"
-    with (out / "lock").open("w") as lock, tqdm(total=seconds, initial=seconds - to_do, bar_format=shape) as bar:
+    at_work: dict[str, tuple[Run, subprocess.Popen, float]] = {}
+    with (out / "lock").open("w") as lock, tqdm(total=total, initial=done, bar_format=shape) as bar:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another lab.paper, or a run that it left behind, is at work in {out}: wait") from None
-        for number, run in enumerate(missing, start=len(runs) - len(missing) + 1):
-            bar.set_description_str(f"run {number} of {len(runs)}, {run.id}")
-            work_on(run, folder, out, scale, lock.fileno(), bar)
-
-
-def work_on(run: Run, folder: Path, out: Path, scale: Scale, lock: int, bar: tqdm) -> None:
-    """A run in a process of its own. As it has its own session, Ctrl-C reaches it once, from here, and it can save. It
-    inherits the lock: if this process is killed, nobody starts the same run beside it."""
-    log, before, started = folder / f"{run.id}.log", bar.n, time.time()
-    words = [sys.executable, "-m", "lab.paper", "--run", run.id, "--scale", scale.name, "--out", str(out)]
-    with log.open("a") as file:
-        process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, pass_fds=(lock,),
-            env=os.environ | {"TQDM_DISABLE": "1"},
-        )  # fmt: skip
-    try:
-        while process.poll() is None:
-            bar.n = before + min(time.time() - started, 0.98 * run.seconds)
-            bar.refresh()
-            time.sleep(0.2)
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
         try:
-            process.wait()
+            while waiting or at_work:
+                unfinished = {run.id for run in waiting} | set(at_work)
+                ready = [run for run in waiting if not unfinished & set(run.needs)]
+                for run in ready[: workers - len(at_work)]:
+                    at_work[run.id] = run, start(run, folder, out, scale, lock.fileno()), time.time()
+                    waiting.remove(run)
+                time.sleep(0.2)
+                for run, process, _ in list(at_work.values()):
+                    if process.poll() is not None:
+                        check(run, process.returncode, folder)
+                        del at_work[run.id]
+                        done += run.seconds
+                bar.set_description_str(f"{len(runs) - len(waiting) - len(at_work)} of {len(runs)} runs")
+                under_way = (min(time.time() - started, 0.98 * run.seconds) for run, _, started in at_work.values())
+                bar.n = done + sum(under_way)
+                bar.refresh()
+        except KeyboardInterrupt:
+            raise UserError("stopped; the same command continues") from None
         finally:
-            process.kill()  # matters after a second Ctrl-C only
-        raise UserError("stopped; the same command continues") from None
-    if process.returncode:
+            stop([process for _, process, _ in at_work.values()])
+
+
+def start(run: Run, folder: Path, out: Path, scale: Scale, lock: int) -> subprocess.Popen:
+    """A run in a process of its own, on one core. As it has its own session, Ctrl-C reaches it once, from here, and it
+    can save. It inherits the lock: if this process is killed, nobody starts the same run beside it."""
+    words = [sys.executable, "-m", "lab.paper", "--run", run.id, "--scale", scale.name, "--out", str(out)]
+    with (folder / f"{run.id}.log").open("a") as file:
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, pass_fds=(lock,),
+            env=os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def check(run: Run, code: int, folder: Path) -> None:
+    if code:
+        log = folder / f"{run.id}.log"
         last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise UserError(f"the run {run.id} failed ({last}); {log} has more, and the same command continues")
-    bar.n = before + run.seconds
+
+
+def stop(processes: list[subprocess.Popen]) -> None:
+    """Let the runs at work save; a second Ctrl-C ends them at once."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    try:
+        for process in processes:
+            process.wait()
+    finally:
+        for process in processes:
+            process.kill()

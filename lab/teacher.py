@@ -17,7 +17,7 @@ import tools
 from llm import Completion, Request
 from tasks import Corpus
 from tinyworld import world as w
-from tinyworld.world import NAMES, OPERATIONS, Question, World, ideal_plan
+from tinyworld.world import HARD_FAMILIES, HARD_TURNS, NAMES, OPERATIONS, Question, World, ideal_plan
 
 TEST_WORLD = 0  # its facts never occur in a teacher's world
 
@@ -30,6 +30,10 @@ ANALYSES = {
     "difference": "Two numbers have to be looked up, then subtracted.",
     "earlier": "Two years have to be looked up, then compared.",
     "arithmetic": "A number has to be computed.",
+    "four-hop": "Four facts have to be looked up, one after the other.",
+    "five-hop": "Five facts have to be looked up, one after the other.",
+    "distractor": "Three facts about one of two names have to be looked up, one after the other.",
+    "joined": "Two numbers have to be looked up in two steps each, then subtracted.",
 }
 PLAN = "Justification: {why}.\nContext: {context}\nSub-Goal: {sub_goal}\nTool Name: {tool}"
 UNKNOWN = "unknown"
@@ -48,7 +52,10 @@ TOOL_HABITS = {  # what a clumsy planner reaches for, by kind of goal
 STICKY = 0.7  # chance to use the tool of the last step again, when it suits the habit
 # Chance that a clumsy goal is the right one; else it is picked at random from what is in view. It is higher if a random
 # plan would never succeed: a family in which no rollout succeeds gives Flow-GRPO nothing to compare.
-INSIGHT = {"lookup": 0.2, "two-hop": 0.4, "three-hop": 0.65, "difference": 0.85, "earlier": 0.85, "arithmetic": 0.5}
+INSIGHT = {
+    "lookup": 0.2, "two-hop": 0.4, "three-hop": 0.65, "difference": 0.85, "earlier": 0.85, "arithmetic": 0.5,
+    "four-hop": 0.7, "five-hop": 0.85, "distractor": 0.6, "joined": 0.9,
+}  # fmt: skip
 
 
 class Teacher:
@@ -145,7 +152,7 @@ class Teacher:
             return w.compute(*re.findall(r"\d+", asked), self.rng.choice(list(OPERATIONS)))
         view = prompt.split("\nQuestion: ")[1]
         numbers = re.findall(r" (\d{3,})\b", "".join(re.findall(r"Result: .*", view)))
-        compute_chance = 0.3 if self.question.family in ("difference", "earlier") else 0.03
+        compute_chance = 0.3 if self.question.family in ("difference", "earlier", "joined") else 0.03
         if len(numbers) > 1 and self.rng.random() < compute_chance:
             return w.compute(*self.rng.sample(numbers, 2), self.rng.choice(list(OPERATIONS)))
         entities = sorted(set(re.findall(r"[A-Z][a-z]+", view)) & set(NAMES))
@@ -190,7 +197,8 @@ def transcript(
     """Run the real loop with a teacher in all roles."""
     teacher = Teacher(question, world, rng, skill)
     env = tools.ToolEnv(teacher.ask, corpus, TeacherSandbox(), tools.TOOLS)
-    return teacher, drive(agent.solve(question.question, teacher.plan, env))
+    max_turns = HARD_TURNS if question.family in HARD_FAMILIES else 4
+    return teacher, drive(agent.solve(question.question, teacher.plan, env, max_turns))
 
 
 def drive(coroutine: Coroutine) -> Any:
@@ -206,28 +214,28 @@ def drive(coroutine: Coroutine) -> Any:
 
 SKILLS = (0.0, 0.5, 0.8, 0.95, 1.0)  # transcripts come from clumsy planners, ideal ones, and some in between
 FAMILY_SHARES = {"lookup": 2, "two-hop": 3, "three-hop": 4, "difference": 3, "earlier": 3, "arithmetic": 3}
+HARD_SHARES = {"four-hop": 2, "five-hop": 3, "distractor": 2, "joined": 2}  # their transcripts are twice as long
 # Share of each role's rows that is kept, and share of the generator's rows without an answer: many are much the same.
 KEEP = dict(analyst=0.05, base=0.05, executor=0.3, coder=0.6, planner=0.4, verifier=0.4, generator=1.0)
 KEEP_UNKNOWN = 0.3
 
 
-def teachers(rng: random.Random, seed: int) -> Iterator[Teacher]:
+def teachers(rng: random.Random, seed: int, shares: dict[str, int] = FAMILY_SHARES) -> Iterator[Teacher]:
     """Endless teachers, each with the rows of one question: a new world every 100 questions, and no fact of the test
-    world."""
+    world. `shares` has the weights of the families."""
     avoid = World(TEST_WORLD).all_facts()
-    families, shares = list(FAMILY_SHARES), list(FAMILY_SHARES.values())
     for world_seed in range(1_000_000 * (seed + 1), 1_000_000 * (seed + 2)):
         world = World(world_seed, avoid)
         corpus = Corpus.from_articles(world.articles.items())
         for _ in range(100):
-            question = world.sample_question(rng.choices(families, shares)[0], rng)
+            question = world.sample_question(rng.choices(list(shares), list(shares.values()))[0], rng)
             yield transcript(question, world, corpus, rng, rng.choice(SKILLS))[0]
 
 
 def row_stream(seed: int) -> Iterator[tuple[str, str, str]]:
     """Endless rows (role, prompt, completion), in the mix of `KEEP`."""
     rng = random.Random(f"pretrain {seed}")
-    for teacher in teachers(rng, seed):
+    for teacher in teachers(rng, seed, FAMILY_SHARES | HARD_SHARES):
         for role, prompt, completion in teacher.rows:
             no_answer = completion.endswith(ANSWER.format(UNKNOWN))
             if rng.random() < KEEP[role] * (KEEP_UNKNOWN if no_answer else 1):

@@ -15,10 +15,10 @@ from pathlib import Path
 from eval import Ranged, run_main, setting
 from lab.teacher import TEST_WORLD
 from tasks import Example, index, write_atomically
-from tinyworld.world import FAMILIES, HOPS, SPLITS, World
+from tinyworld.world import FAMILIES, HARD_FAMILIES, SPLITS, World
 from tools import UserError
 
-KNOWN = tuple(dict.fromkeys([*FAMILIES, *HOPS]))
+KNOWN = (*FAMILIES, *HARD_FAMILIES)
 
 
 @dataclass
@@ -28,14 +28,19 @@ class WorldConfig(Ranged):
     families: list[str] = setting(list(FAMILIES), f"families of questions: {', '.join(KNOWN)}")
 
 
+def world_of(seed: int) -> World:
+    """The bundled world, or one that shares no fact with it."""
+    bundled = World(TEST_WORLD)
+    return bundled if seed == TEST_WORLD else World(seed, avoid=bundled.all_facts())
+
+
 def main(config: WorldConfig) -> None:
     folder, families = Path(config.folder), tuple(dict.fromkeys(config.families))
     if not config.folder:
         raise UserError("--folder: name the folder that the task goes to")
     if not families or not set(families) <= set(KNOWN):
         raise UserError(f"--families {' '.join(families)}: must be of {', '.join(KNOWN)}")
-    bundled = World(TEST_WORLD)
-    world = bundled if config.seed == TEST_WORLD else World(config.seed, avoid=bundled.all_facts())
+    world = world_of(config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {}
     for split in SPLITS:

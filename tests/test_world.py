@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from tinyworld.world import FAMILIES, KINDS, NAMES, SPLITS, World, ideal_plan, relations_of
+from tinyworld.world import FAMILIES, HARD_FAMILIES, HARD_TURNS, KINDS, NAMES, SPLITS, World, ideal_plan, relations_of
 
 MAX_TURNS = 4  # the default turn budget
 
@@ -40,6 +40,30 @@ def test_splits(world):
         counts = Counter(q.family for q in split)
         assert set(counts) == set(FAMILIES) and max(counts.values()) - min(counts.values()) <= 1
         assert all(1 <= len(ideal_plan(question)) <= MAX_TURNS for question in split)
+
+
+def test_the_hard_split(world):
+    """Longer chains, a name that leads astray, two chains to join; each needs more turns than the default budget has,
+    or almost all of them."""
+    questions = {split: world.questions(split, HARD_FAMILIES) for split in SPLITS}
+    every = [q for split in questions.values() for q in split]
+    assert len({q.question for q in every}) == len(every) > 3000
+    assert not {q.question for q in every} & {q.question for split in SPLITS for q in world.questions(split)}
+    turns = {family: {len(ideal_plan(q)) for q in every if q.family == family} for family in HARD_FAMILIES}
+    assert max(max(of_family) for of_family in turns.values()) + 2 == HARD_TURNS  # two turns may be wasted
+    assert turns == {"four-hop": {4}, "five-hop": {5}, "distractor": {3}, "joined": {5}}
+    for q in every:
+        assert len({fact.subject for fact in q.facts}) == len(q.facts) and q.facts[-1].relation in q.question
+        if q.family == "distractor":
+            start, other = q.question.removesuffix("?").split(" rather than of ")
+            assert start.endswith(f" of {q.facts[0].subject}") and world.follow(other, q.facts) != q.answer
+        elif q.family == "joined":
+            one, two = q.facts[:2], q.facts[2:]
+            assert one[0].value == one[1].subject and two[0].value == two[1].subject
+            assert int(q.answer) == int(one[1].value) - int(two[1].value) > 0
+            assert one[1].relation == two[1].relation
+        else:
+            assert all(a.value == b.subject for a, b in zip(q.facts, q.facts[1:])) and q.facts[-1].value == q.answer
 
 
 def test_facts_to_avoid(world):

@@ -9,7 +9,8 @@ none of its facts: what is left to learn is how to look things up.
     world.questions("train")    # 4,000 `Question`s; "dev" 200, "test" 500, disjoint as questions
 
 Six families need different plans: lookup (one search), two-hop, three-hop, difference and earlier (two searches, then
-Python), arithmetic (Python alone).
+Python), arithmetic (Python alone). Four harder ones need up to five good turns: four-hop, five-hop, distractor (three
+searches, with a name in the question that leads astray), and joined (two chains of two searches, then Python).
 """
 
 import random
@@ -90,7 +91,8 @@ OPERATIONS = {
 }
 
 FAMILIES = ("lookup", "two-hop", "three-hop", "difference", "earlier", "arithmetic")
-HOPS = {"lookup": 1, "two-hop": 2, "three-hop": 3, "four-hop": 4, "five-hop": 5}  # the last two are for harder tasks
+HARD_FAMILIES, HARD_TURNS = ("four-hop", "five-hop", "distractor", "joined"), 7  # with the turn budget of these
+HOPS = {"lookup": 1, "two-hop": 2, "three-hop": 3, "four-hop": 4, "five-hop": 5, "distractor": 3}  # length of a chain
 SPLITS = {"train": 4000, "dev": 200, "test": 500}
 
 
@@ -129,9 +131,9 @@ def compute(left: str, right: str, operation: str) -> Step:
 def ideal_plan(question: Question) -> list[Step]:
     """The shortest plan that puts everything the answer needs into the memory: one step a turn."""
     steps = [find(fact.relation, fact.subject) for fact in question.facts]
-    if question.family in ("difference", "earlier"):
-        operation = "-" if question.family == "difference" else "<"
-        steps.append(compute(question.facts[0].value, question.facts[1].value, operation))
+    if question.family in ("difference", "earlier", "joined"):
+        ends = question.facts[len(question.facts) // 2 - 1], question.facts[-1]  # the last facts of two chains
+        steps.append(compute(ends[0].value, ends[1].value, "<" if question.family == "earlier" else "-"))
     if question.family == "arithmetic":
         left, operation, right = question.question.removeprefix("What is ").removesuffix("?").split()
         steps.append(compute(left, right, operation))
@@ -202,10 +204,19 @@ class World:
                 start, answer = EARLIER[relation], min(one, two, key=lambda fact: int(fact.value)).subject
             text = f"{start}the {relation} of {one.subject} and the {relation} of {two.subject}?"
             return Question(text, answer, family, (one, two))
-        return self._chain(HOPS[family], family, rng)
+        if family == "joined":
+            return self._joined(rng)
+        facts = self._chain(HOPS[family], rng)
+        is_person = ENTITY_RELATIONS.get(facts[-1].relation, ("", ""))[1] == "person"
+        text = f"{'Who' if is_person else 'What'} is {path_of(facts)}"
+        if family == "distractor":
+            others = [e for e in self.same_kind(facts[0].subject) if self.follow(e, facts) != facts[-1].value]
+            text += f" rather than of {rng.choice(others)}"
+        return Question(f"{text}?", facts[-1].value, family, facts)
 
-    def _chain(self, hops: int, family: str, rng: random.Random) -> Question:
-        """Follow `hops` facts from a random entity; a chain that meets an entity twice has a shortcut: draw again."""
+    def _chain(self, hops: int, rng: random.Random) -> tuple[Fact, ...]:
+        """Follow `hops` facts from a random entity. A chain that meets an entity twice has a shortcut, and a long one
+        that has a relation twice is hard to read: draw again."""
         while True:
             subject = rng.choice(list(self.facts))
             facts, seen = [], {subject}
@@ -214,15 +225,40 @@ class World:
                 subject = facts[-1].value
                 seen.add(subject)
             if len(facts) == hops and len(seen) == hops + 1:
-                path = " of ".join(f"the {fact.relation}" for fact in reversed(facts))
-                is_person = ENTITY_RELATIONS.get(facts[-1].relation, ("", ""))[1] == "person"
-                text = f"{'Who' if is_person else 'What'} is {path} of {facts[0].subject}?"
-                return Question(text, facts[-1].value, family, tuple(facts))
+                if hops < 4 or len({fact.relation for fact in facts}) == hops:
+                    return tuple(facts)
+
+    def _joined(self, rng: random.Random) -> Question:
+        """The difference between the same number of two entities, each one search away from a name in the question."""
+        while True:
+            one, two = self._chain(2, rng), self._chain(2, rng)
+            same = one[-1].relation == two[-1].relation and one[-1].relation in NUMBER_RELATIONS
+            names = {fact.subject for fact in one + two}
+            if same and len(names) == 4 and one[-1].value != two[-1].value:
+                one, two = sorted((one, two), key=lambda chain: -int(chain[-1].value))
+                answer = str(int(one[-1].value) - int(two[-1].value))
+                text = f"What is the difference between {path_of(one)} and {path_of(two)}?"
+                return Question(text, answer, "joined", one + two)
+
+    def same_kind(self, entity: str) -> list[str]:
+        """The other entities of its kind."""
+        return [other for kind in self.entities.values() if entity in kind for other in kind if other != entity]
+
+    def follow(self, entity: str, facts: tuple[Fact, ...]) -> str:
+        """Where the relations of a chain lead from another entity of the same kind."""
+        for fact in facts:
+            entity = self.facts[entity][fact.relation].value
+        return entity
 
     def questions(self, split: str, families: tuple[str, ...] = FAMILIES) -> list[Question]:
         """The fixed questions of a split, families in equal shares (the first ones get the remainder). Fewer families
         than six get no larger shares: a world has only about a thousand questions of the family lookup."""
         return list(_splits(self, families)[split])
+
+
+def path_of(facts: tuple[Fact, ...]) -> str:
+    """A chain of facts as a question names its end: the population of the country of Zilath."""
+    return " of ".join([*(f"the {fact.relation}" for fact in reversed(facts)), facts[0].subject])
 
 
 def relations_of(kind: str) -> list[str]:

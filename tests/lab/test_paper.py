@@ -9,17 +9,28 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
-from agent import Trajectory, Turn
-from flow_grpo import flow_grpo_loss, group_advantages, token_logprobs
-from lab import paper, paper_figures, paper_runs, pretrain, teacher, variants
+from flow_grpo import flow_grpo_loss, group_advantages
+from judge import rules
+from lab import paper, paper_figures, paper_runs, variants
 from lab.paper import PaperConfig
 from lab.paper_runs import SCALES, by_id, do, do_all, fingerprint
-from lab.variants import fading_credit, last_turn, sequence_ratio, turn_pooled
+from lab.variants import (
+    clipped_weight,
+    fading_credit,
+    last_turn,
+    noisier_judge,
+    noisy_judge,
+    same_turn,
+    sequence_ratio,
+    turn_pooled,
+)
+from tasks import Example
 from tools import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -42,6 +53,23 @@ def test_credit_of_the_turns():
     advantages = torch.tensor([[2.0, -3.0]])
     assert last_turn(advantages, [3, 1]).tolist() == [0, 0, 2, -3]
     assert fading_credit(advantages, [3, 1]).tolist() == [0.5, 1, 2, -3]
+
+
+def test_turns_of_the_same_number_are_compared():
+    """Two groups of two trajectories. In the first, one has a second turn; the other has no signal."""
+    credit = same_turn(torch.tensor([[1.0, -1.0], [0.0, 0.0]]), [1, 2, 2, 1])
+    half = math.sqrt(0.5)  # of two numbers, each lies so many sample standard deviations from their mean
+    assert credit.tolist() == pytest.approx([half, -half, 0, 0, 0, 0])
+
+
+def test_a_noisy_judge_errs_as_often_as_it_says():
+    examples = [Example(f"Question {n}?", "yes") for n in range(400)]
+    trajectory = lambda answer: SimpleNamespace(answer=answer, reward=None)  # noqa: E731
+    for judge, share in ((noisy_judge, 0.1), (noisier_judge, 0.2)):
+        pairs = judge(examples, [[trajectory("yes"), trajectory("no")] for _ in examples], rules, None)
+        wrong = [pair[1].reward != (pair[1].answer == "yes") for pair in pairs]
+        for side in (wrong[::2], wrong[1::2]):  # either way
+            assert sum(side) / len(side) == pytest.approx(share, abs=0.06)
 
 
 def test_statistics_pooled_over_turns():
@@ -67,24 +95,34 @@ def test_ratio_of_a_turn_is_the_geometric_mean():
     assert stats["clip_fraction"].item() == pytest.approx(0.5)
 
 
-def test_ratio_of_a_turn_begins_as_flow_grpo_and_keeps_its_kl():
+def test_other_ratios_begin_as_flow_grpo_and_keep_its_kl():
     torch.manual_seed(0)
     logprobs, ref = -torch.rand(3, 4), -torch.rand(3, 4)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool()
     rest = (ref, torch.tensor([1.0, -2.0, 0.5]), mask, torch.tensor([0.25, 0.25, 0.5]))
     gradients, kls = [], []
-    for loss_function in (flow_grpo_loss, sequence_ratio):
+    for loss_function in (flow_grpo_loss, sequence_ratio, clipped_weight):
         x = logprobs.clone().requires_grad_()
-        loss, stats = loss_function(x, logprobs, *rest, kl_coef=0.5)
+        loss, stats = loss_function(x, logprobs, *rest, clip_low=0.2, clip_high=0.2, kl_coef=0.5)
         gradients.append(torch.autograd.grad(loss, x)[0])
         kls.append(stats["kl"].item())
-    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 0.1
-    assert kls[0] == pytest.approx(kls[1]) and kls[0] > 0
+    assert all(torch.allclose(gradients[0], x, atol=1e-6) for x in gradients) and gradients[0].abs().max() > 0.1
+    assert kls == pytest.approx([kls[0]] * 3) and kls[0] > 0
+
+
+def test_a_clipped_weight_keeps_every_gradient():
+    """Ratios 3 and 1/2, clipped to 1.2 and 0.8: Flow-GRPO gives the first no gradient, CISPO the clipped one."""
+    old = torch.tensor([[-2.0, -1.0]])
+    logprobs = (old + torch.tensor([[3.0, 0.5]]).log()).requires_grad_()
+    rest = (None, torch.tensor([1.0]), torch.ones(1, 2).bool(), torch.tensor([1.0]))
+    loss, stats = clipped_weight(logprobs, old, *rest, clip_low=0.2, clip_high=0.2)
+    assert torch.autograd.grad(loss, logprobs)[0].tolist() == [pytest.approx([-0.6, -0.4])]
+    assert stats["clip_fraction"].item() == pytest.approx(1.0)
 
 
 def test_every_edit_is_shown_as_it_is_run():
     shown = {name for figure in paper.FIGURES.values() for name in figure.variants}
-    assert shown == set(variants.PATCHES) | set(variants.FLAGS) - {"two-updates"}
+    assert shown == set(variants.PATCHES) | set(variants.FLAGS) | {"group-2", "group-4", "group-16"}
     for name, (place, function) in variants.PATCHES.items():
         assert hasattr(train, place) and f"def {function.__name__}(" in paper.code_of(name)
     assert paper.code_of("no-std") == "- normalize_std = True\n+ normalize_std = False\n"
@@ -93,32 +131,33 @@ def test_every_edit_is_shown_as_it_is_run():
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale, minutes, left_out", [("full", 110, []), ("quick", 13, ["size"])])
+@pytest.mark.parametrize("scale, minutes, left_out", [("full", 75, []), ("quick", 10, ["size", "long"])])
 def test_the_plan_keeps_to_its_time(scale, minutes, left_out):
     runs = paper_runs.plan(SCALES[scale])
     assert left_out == [n for n, f in paper.FIGURES.items() if not paper.runs_of(f, by_id(SCALES[scale]))]
     assert len({run.id for run in runs}) == len(runs)
-    assert sum(run.seconds for run in runs) / 60 < minutes
+    assert sum(run.seconds for run in runs) / 60 < 2 * minutes  # two runs at a time
     for n, run in enumerate(runs):
         assert set(run.needs) <= {before.id for before in runs[:n]}
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """All runs of the tiny scale: one of each kind is real, the other trainings are given the record of one of them."""
+    """All runs of the tiny scale: one of each kind is real, the others are given its record."""
     out = tmp_path_factory.mktemp("paper")
-    runs, folder = by_id(TINY), out / "runs-tiny"
-    for name in ("main", "taught", "turn-budget", "gspo"):
+    runs, folder, records = by_id(TINY), out / "runs-tiny", {}
+    for name in ("main", "imitation-peer", "turn-budget", "gspo", "other-world"):
         run = runs[f"{name}-seed0"]
         do(run, folder / run.id, fingerprint(run, runs))
-    record = json.loads((folder / "gspo-seed0" / "record.json").read_text())
+        records[run.work] = json.loads((folder / run.id / "record.json").read_text())
     for run in runs.values():
         if not (folder / run.id).exists():
             (folder / run.id).mkdir()
-            made_by, data = fingerprint(run, runs), record["data"]
-            data = {"small": 1, "bundled": 2} if run.name == "pretrain" else data
-            text = json.dumps(record | {"fingerprint": made_by, "data": data})
-            (folder / run.id / "record.json").write_text(text)
+            record = records.get(run.work, records[paper_runs.train_planner])
+            if run.name == "pretrain":
+                record = record | {"data": {"small": 1, "bundled": 2}}
+            record = record | {"fingerprint": fingerprint(run, runs)}
+            (folder / run.id / "record.json").write_text(json.dumps(record))
     paper.write_figures(out, TINY)
     return out
 
@@ -126,50 +165,10 @@ def out(tmp_path_factory):
 def test_a_run_uses_its_variant(out):
     """And the function that it replaced is back afterwards."""
     assert train.flow_grpo_loss is flow_grpo_loss
-    config = json.loads((out / "runs-tiny" / "gspo-seed0" / "config.json").read_text())
-    assert (config["updates_per_step"], config["clip_high"]) == (2, 0.04)
+    config = json.loads((out / "runs-tiny" / "gspo-seed0" / "run" / "config.json").read_text())
+    assert (config["task"], config["clip_high"]) == ("tinyworld-hard", 0.04)
     steps = json.loads((out / "runs-tiny" / "gspo-seed0" / "record.json").read_text())["data"]["steps"]
     assert [step["step"] for step in steps] == [1, 2] and steps[0]["reward"][0] == 4
-
-
-def test_imitation_learns_the_plans_it_is_shown():
-    """Fifteen steps on one row make its completion likely: the rows and the loss are what they should be."""
-    config = train.Config(model=paper_runs.BACKBONE)
-    policy, tokenizer, optimizer = train.build_trainer(config, train.choose_precision(config, "cpu"))
-    plan = teacher.render_plan("the capital of Zilath is unknown", teacher.w.find("capital", "Zilath"))
-    ids, begin = pretrain.encoder(tokenizer)("Question: What is the capital of Zilath?", plan)
-    row = Turn(ids[:begin], ids[begin:], [0.0] * len(ids[begin:]))
-
-    def logprob() -> float:
-        return token_logprobs(policy, [row.prompt_ids], [row.completion_ids])[0].sum().item()
-
-    before = logprob()
-    paper_runs.fine_tune(policy, optimizer, [row], 15, seed=0)
-    assert before < -5 and logprob() > before / 2
-
-
-def test_imitation_has_the_gradient_of_the_cross_entropy():
-    """On rows of different lengths, in several micro-batches: the mean over all tokens of all rows."""
-    config = train.Config(model=paper_runs.BACKBONE, kl_coef=0.0, aggregation="token-mean", micro_batch_tokens=16)
-    precision = train.choose_precision(config, "cpu")
-    policy, *_ = train.build_trainer(config, precision)
-    rows = [Turn([300] * 4, [310 + n] * (n + 1), [0.0] * (n + 1)) for n in range(5)]
-    losses = [token_logprobs(policy, [row.prompt_ids], [row.completion_ids])[0].sum() for row in rows]
-    (-sum(losses) / 15).backward()
-    expected = [parameter.grad for parameter in policy.parameters()]
-    policy.zero_grad()
-
-    class Keep(torch.optim.SGD):
-        def step(self) -> None:
-            self.seen = [parameter.grad.clone() for parameter in policy.parameters()]
-
-    optimizer = Keep(policy.parameters(), lr=0.0)
-    batches = train.make_batches([Trajectory("", rows, None, "")], torch.ones(1, 1), config, policy)
-    stats = train.update_policy(policy, policy, optimizer, batches, config, precision, 1)
-    scale = min(1.0, train.MAX_GRAD_NORM / stats["grad_norm"])
-    assert len(batches) > 1
-    for ours, theirs in zip(optimizer.seen, expected):
-        assert torch.allclose(ours, scale * theirs, atol=1e-6)
 
 
 def test_stopped_and_started_again_no_finished_run_is_repeated(out, tmp_path):
@@ -180,7 +179,7 @@ def test_stopped_and_started_again_no_finished_run_is_repeated(out, tmp_path):
     refused = []
 
     def stop() -> None:
-        while not (folder / "no-std-seed0" / "config.json").exists():
+        while not (folder / "no-std-seed0" / "run" / "config.json").exists():
             time.sleep(0.05)
         try:
             do_all(tmp_path / "paper", TINY)  # nobody else works in that folder now
@@ -206,15 +205,19 @@ def test_a_run_of_other_code_is_made_again(out, tmp_path, monkeypatch):
     shutil.copytree(out, tmp_path / "paper")
     monkeypatch.setitem(variants.PATCHES, "last-turn", ("broadcast_to_turns", fading_credit))
     again = []
-    monkeypatch.setattr(paper_runs, "work_on", lambda run, *_: again.append(run.id))
+    process = SimpleNamespace(poll=lambda: 0, returncode=0)
+    monkeypatch.setattr(paper_runs, "start", lambda run, *_: again.append(run.id) or process)
     do_all(tmp_path / "paper", TINY)
     assert again == ["last-turn-seed0"]
-    (tmp_path / "paper" / "runs-tiny" / "taught-seed0" / "record.json").write_text('{"fingerprint": "')  # damaged
-    do_all(tmp_path / "paper", TINY)
-    assert sorted(again[1:]) == ["last-turn-seed0", "taught-seed0"]
+    (tmp_path / "paper" / "runs-tiny" / "imitation-peer-seed0" / "record.json").write_text('{"fingerprint": "')
+    do_all(tmp_path / "paper", TINY)  # one record is damaged
+    assert sorted(again[1:]) == ["imitation-peer-seed0", "last-turn-seed0"]
     monkeypatch.setattr(paper_runs, "code_behind", lambda script: "other")
+    again.clear()
     do_all(tmp_path / "paper", TINY)
     assert set(again) == set(by_id(TINY))
+    runs = by_id(TINY)
+    assert all(again.index(need) < again.index(run.id) for run in runs.values() for need in run.needs)
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
@@ -262,8 +265,26 @@ def test_every_figure_has_what_it_must(out, page):
             assert points and all(p["low"] <= p["y"] <= p["high"] for p in points)
             assert all(p["n"] >= 1 and p["seeds"] for p in points)
         claims = [line for claim in figure.claims if (line := paper.sentence(data, claim))]
-        assert claims and all("(n = " in line and "seed 0" in line and "[" in line for line in claims)
+        assert claims or not figure.claims
+        assert all("(n = " in line and "seed 0" in line and "[" in line for line in claims)
+        assert paper.html.escape(figure.says(data)) in section and section.count("<table") == bool(figure.table)
+        assert f"**{figure.says(data)}**" in (out / "findings.md").read_text()
     assert "quick version" in page
+
+
+def test_a_difference_is_clear_if_its_interval_excludes_zero():
+    """Differences of -10, -12 and -14 points: mean -12, standard error 2 / sqrt(3), 4.30 of them to each side."""
+    point = paper_figures.paired_point("x", {0: -10.0, 1: -12.0, 2: -14.0})
+    half = 4.30 * 2 / math.sqrt(3)
+    assert (point["y"], point["low"], point["high"]) == pytest.approx((-12, -12 - half, -12 + half))
+    assert paper_figures.conclusion(point).startswith("It learns more slowly here, in all 3 seeds.")
+    spread = paper_figures.paired_point("x", {0: -10.0, 1: 2.0, 2: 4.0})
+    assert paper_figures.conclusion(spread) == "No effect is shown: 3 seeds cannot see one below about 19 points."
+    assert "Nothing" in paper_figures.conclusion(paper_figures.paired_point("x", {0: 50.0}))
+    data = {"panels": [paper_figures.panel("", "", {paper_figures.GAIN: [point, spread]}, False)]}
+    assert paper.effects(data) == (
+        "A difference beyond the noise between seeds: x (-12.0 points); the other 1 do not exceed it."
+    )
 
 
 def test_the_page_loads_nothing_and_runs_nothing(page):
@@ -279,7 +300,7 @@ def test_text_is_shown_not_run(out):
     (panel,) = data["panels"]
     panel["y"], panel["series"][evil] = evil, [p | {"x": evil} for p in panel["series"].pop("untrained")]
     claim = paper.Claim((evil, evil), (evil, evil), 1, evil, evil)
-    figure = paper.Figure(evil, ("main",), paper_figures.main_result, evil, (claim,))
+    figure = paper.Figure(evil, ("main",), paper_figures.main_result, lambda data: evil, evil, (claim,))
     shown = paper.section("main", figure, data)
     assert "<script" not in shown and shown.count("&lt;script") >= 10
 
