@@ -1,14 +1,14 @@
 """The paper's analyses in small: its tables and figures on the bundled world, variants of the algorithm, and one page.
 
-    python -m lab.paper             # at most two hours on 2 cores; if stopped, the same command continues
-    python -m lab.paper --quick     # at most 15 minutes: one seed and fewer steps, and the page says so
+    python -m lab.paper             # 75 minutes on 2 cores; if stopped, the same command continues
+    python -m lab.paper --quick     # 10 minutes: one seed and fewer steps, and the page says so
     python -m lab.paper --plan      # the runs, and the minutes that each is expected to take
     python -m lab.paper --figures   # the page again, from the JSON alone
 
-Writes paper/index.html, a JSON file for each of its figures, and paper/runs. `lab/variants.py` has the variants,
-`lab/paper_runs.py` the runs, and `lab/paper_figures.py` makes numbers of them. Here are the paper's own numbers, the
-drawings, the sentences and the page. Each JSON carries a fingerprint of the code and the settings that made it, and the
-page refuses one that other code has made.
+Writes paper/index.html, paper/findings.md with its sentences and tables, a JSON file for each figure, and paper/runs.
+`lab/variants.py` has the variants, `lab/paper_runs.py` the runs, and `lab/paper_figures.py` makes numbers of them. Here
+are the paper's own numbers, the drawings, the sentences and the page. Each JSON carries a fingerprint of the code and
+the settings that made it, and the page refuses one that other code has made.
 """
 
 import html
@@ -37,7 +37,7 @@ from tools import UserError
 
 @dataclass
 class PaperConfig:
-    quick: bool = setting(False, "whether to run one seed and fewer steps, in at most 15 minutes")
+    quick: bool = setting(False, "whether to run one seed and fewer steps, in about 10 minutes")
     plan: bool = setting(False, "whether to print the runs and their minutes, and do nothing")
     figures: bool = setting(False, "whether to make the page again from the figures' JSON alone")
     out: str = setting("paper", "folder for everything")
@@ -64,8 +64,8 @@ def main(config: PaperConfig) -> None:
 def print_plan(scale: Scale) -> None:
     runs = plan(scale)
     for run in runs:
-        print(f"{run.id:22} {run.seconds / 60:5.1f} min   {run.settings}")
-    print(f"{len(runs)} runs, {sum(run.seconds for run in runs) / 60:.0f} minutes on two quiet cores")
+        print(f"{run.id:30} {run.seconds / 60:5.1f} min   {run.settings}")
+    print(f"{len(runs)} runs, {sum(run.seconds for run in runs) / 120:.0f} minutes on two quiet cores")
 
 
 # --- the figures, beside the paper's own numbers ----------------------------------------------------------------------
