@@ -97,12 +97,14 @@ class Figure:
     table: Callable[[Records], paper_figures.Table] | None = None
 
 
-def moves(label: str, x: Any, other: str, other_x: Any, words: str) -> Callable[[dict], str]:
-    """A sentence about two points: {a} and {b} in `words` become their numbers."""
+def moves(label: str, x: Any, other: str, other_x: Any, words: str, if_clear: str = "") -> Callable[[dict], str]:
+    """A sentence about two points: {a} and {b} in `words` become their numbers. `if_clear` follows if b is more than a
+    and their intervals do not overlap."""
 
     def says(data: dict) -> str:
         found = find_point(data, label, x), find_point(data, other, other_x)
-        return words.format(**{name: number(*point) for name, point in zip("ab", found)})
+        text = words.format(**{name: number(*point) for name, point in zip("ab", found)})
+        return text + (if_clear if found[1][1]["low"] > found[0][1]["high"] else "") + "."
 
     return says
 
@@ -111,23 +113,27 @@ def number(panel: dict, point: dict) -> str:
     return f"{100 * point['y']:.0f} %" if panel["share"] else f"{point['y']:.1f}"
 
 
-def differences(data: dict) -> list[dict]:
+def gains(data: dict) -> list[dict]:
     return [p for panel in data["panels"] for p in panel["series"].get(GAIN, [])]
 
 
 def effects(data: dict) -> str:
     """Which ablations differ from the baseline, largest first."""
-    points = sorted(differences(data), key=lambda p: -abs(p["y"]))
+    points = sorted(gains(data), key=lambda p: -abs(p["y"]))
+    if points[0]["n"] < 2:
+        return "One seed shows no noise, so these differences prove nothing."
     shown = [f"{p['x']} ({p['y']:+.1f} points)" for p in points if paper_figures.clear(p)]
     if not shown:
-        return f"None of {len(points)} changes shows a difference that exceeds the noise between seeds."
-    others = f"; the other {len(points) - len(shown)} do not exceed it" if len(shown) < len(points) else ""
-    return f"A difference beyond the noise between seeds: {', '.join(shown)}{others}."
+        return f"None of {len(points)} changes differs from Flow-GRPO by more than the noise between seeds."
+    differ = "differs" if len(shown) == 1 else "differ"
+    text = f"{len(shown)} of {len(points)} changes {differ} from Flow-GRPO by more than the noise between seeds"
+    return f"{text}: {', '.join(shown)}."
 
 
 def compared(title: str, names: tuple[str, ...], text: str) -> Figure:
     """Some ablations: their curves, their differences to the baseline, their code."""
-    return Figure(title, ("baseline", *names), paper_figures.curves, effects, text, (), names)
+    edited = tuple(name for name in names if name in FLAGS or name in PATCHES)
+    return Figure(title, ("baseline", *names), paper_figures.curves, effects, text, (), edited)
 
 
 FEW_MISTAKES = "The bundled planner makes few mistakes of form to begin with, so it has little to lose there."
@@ -164,7 +170,8 @@ COMPARED = {
 FIGURES = {
     "main": Figure(
         "Main result", ("main",), paper_figures.main_result,
-        moves(UNTRAINED, "all", TRAINED, "all", "Flow-GRPO takes the planner from {a} to {b} of the test questions."),
+        moves(UNTRAINED, "all", TRAINED, "all",
+              "The planner answers {a} of the test questions before Flow-GRPO and {b} after"),
         "Tables 1 and 2, a planner of 7B before and after Flow-GRPO, accuracy over 3 trials: search 47.2 to 57.3 %, "
         "agentic 17.2 to 33.1 %, mathematics 31.7 to 51.5 %, science 56.5 to 63.5 %.",
         tuple(Claim((TRAINED, family), (UNTRAINED, family), 1, "more in all four domains")
@@ -174,8 +181,8 @@ FIGURES = {
         "Generalisation: did it learn to plan, or the answers?", tuple(paper_figures.ELSEWHERE),
         paper_figures.elsewhere,
         moves("untrained", "another world", "trained", "another world",
-              "In a world that shares no fact with the one of its training, the planner rises from {a} to {b}: it has "
-              "learnt to plan, not the answers."),
+              "In a world that shares no fact with its own, the planner answers {a} untrained and {b} trained",
+              ": it has learnt to plan, not the answers"),
         "Fig. 10 tests budgets that the training did not have. Other worlds and families have no counterpart.",
         (Claim(("trained", "another world"), ("untrained", "another world")),
          Claim(("trained", "families without training"), ("untrained", "families without training")),
@@ -185,10 +192,10 @@ FIGURES = {
     "training": Figure(
         "How the planner was trained", ("main", "imitation-peer"), paper_figures.how_trained,
         moves(TEST, "fine-tuned on its successes", TEST, "Flow-GRPO",
-              "Imitation of a peer's successes reaches {a}, Flow-GRPO {b}: here imitation does not collapse."),
+              "Imitation of a peer's successes reaches {a}, Flow-GRPO {b}"),
         "Table 3, mean of six benchmarks: frozen 38.5 %, GPT-4o frozen 44.3 %, fine-tuned on GPT-4o's traces 19.5 %, "
         "Flow-GRPO 55.7 %. Here the stronger planner plans ideally in 3 of 4 turns and as clumsily as the backbone's "
-        "own teacher in the fourth; its accuracy is over the questions of the traces. Fine-tuning sees its "
+        "own teacher in the others; its accuracy is over the questions of the traces. Fine-tuning sees its "
         "successes, one per question, 3 times.",
         (Claim((TEST, "stronger planner, frozen"), (TEST, "frozen"), 1, "+5.8 points"),
          Claim((TEST, "fine-tuned on its successes"), (TEST, "frozen"), -1, "-19.0 points",
@@ -203,7 +210,7 @@ FIGURES = {
         "When does imitation collapse?", ("imitation-",), paper_figures.imitation,
         moves(TEST, "peer", TEST, "privileged-tool",
               "Imitation reaches {a} if the teacher sees what the student sees, and {b} if the teacher's tool knows "
-              "what the student's does not."),
+              "what the student's does not"),
         "Table 3: fine-tuning on GPT-4o's successes falls from 38.5 to 19.5 %. The paper does not say how they were "
         "made. Each way here is a possible cause; lab/imitation.py has the hypotheses from before the runs.",
         tuple(Claim((TEST, way), (TEST, "frozen")) for way in WAYS),
@@ -218,7 +225,7 @@ FIGURES = {
     **COMPARED,
     "tools": Figure(
         "Tools and mistakes over training", ("main",), paper_figures.tools,
-        moves("Search", FIRST, "Search", LAST, "Search rises from {a} to {b} of the turns."),
+        moves("Search", FIRST, "Search", LAST, "Search has {a} of the turns in the first step and {b} in the last"),
         "Step 0 to 32, share of calls: 2Wiki Google 28.5 to 70.5 %, Wikipedia 28.8 to 4.0 %; MedQA base generator "
         "28.7 to 6.3 %, Wikipedia 0 to 59.8 %. Tool-call errors fall by 28.4 points on GAIA, 19.4 on 2Wiki, 7.8 on "
         "Bamboogle, 8.4 on AIME24.",
@@ -229,7 +236,7 @@ FIGURES = {
     ),
     "length": Figure(
         "Reward and length over training", ("main",), paper_figures.over_training,
-        moves("turns", FIRST, "turns", LAST, "A question takes {b} turns after the training instead of {a}."),
+        moves("turns", FIRST, "turns", LAST, "A question takes {a} turns in the first step and {b} in the last"),
         "Fig. 8: the training reward rises; the planner's response length rises first, then shrinks and settles.",
         (Claim(("Flow-GRPO", LAST), ("Flow-GRPO", FIRST), 1, "rises"),
          Claim(("tokens", LAST), ("tokens", FIRST)),
@@ -238,7 +245,7 @@ FIGURES = {
     "budget": Figure(
         "Turn budget", ("turn-budget",), paper_figures.by_budget,
         moves("trained", 4, "trained", LAST,
-              "The trained planner answers {a} with the 4 turns of its training, and {b} with twice as many."),
+              "The trained planner answers {a} with the 4 turns of its training, and {b} with twice as many"),
         "Fig. 10: accuracy rises up to the largest budget, 10, on all four benchmarks; turns used with budgets of "
         "3, 5, 7, 10: 2Wiki 2.22, 3.18, 3.81, 4.44; Game of 24 1.63, 2.12, 2.36, 2.67; GAIA 2.43, 3.46, 4.28, 5.42. "
         "All planners here were trained with a budget of 4.",
@@ -249,24 +256,24 @@ FIGURES = {
     ),
     "size": Figure(
         "Backbone size", ("main", "pretrain", "small"), paper_figures.by_size,
-        moves(TRAINED, FIRST, TRAINED, LAST, "The smaller planner reaches {a}, the bundled one {b}."),
+        moves(TRAINED, FIRST, TRAINED, LAST, "The smaller planner reaches {a}, the bundled one {b}"),
         "Fig. 9: Flow-GRPO helps backbones of 3B and of 7B, in bars without numbers. There the backbone plays all "
-        "modules; here the planner alone is smaller: 2 of 3 layers, and half the pretraining steps.",
+        "modules; here the planner alone is smaller: 2 of 3 layers, and a quarter of the pretraining steps.",
         (Claim((TRAINED, FIRST), (UNTRAINED, FIRST), 1, "more"), Claim((TRAINED, LAST), (UNTRAINED, LAST), 1, "more"),
          Claim((TRAINED, LAST), (TRAINED, FIRST))),
     ),
     "long": Figure(
-        "Hundreds of steps at a constant learning rate", tuple(paper_figures.LONG), paper_figures.long_training,
+        "Hundreds of steps at a constant learning rate", tuple(paper_figures.LONG_RUNS), paper_figures.long_training,
         moves("KL weight 0.001", LAST, "without KL", LAST,
-              "At the end the training reward is {a} with the KL and {b} without."),
+              "In the last ten steps the training reward is {a} with the KL and {b} without"),
         "None: the paper's curves end after about 40 steps.",
         (Claim(("KL weight 0.001", LAST), ("without KL", LAST)),),
         table=paper_figures.long_table,
     ),
     "noise": Figure(
         "A judge that errs", ("main", "noisy-10", "noisy-20"), paper_figures.noise,
-        moves(TEST, "exact", TEST, "20 % wrong", "With a fifth of the verdicts wrong, either way, it still reaches "
-              "{b}; with an exact judge {a}."),
+        moves(TEST, "exact", TEST, "20 % wrong", "With a fifth of the verdicts wrong, either way, the planner reaches "
+              "{b}; with an exact judge {a}"),
         "None: the paper's judge is GPT-4o, and its errors are not measured.",
         (Claim((TEST, "10 % wrong"), (TEST, "exact")), Claim((TEST, "20 % wrong"), (TEST, "exact"))),
         ("noisy-10", "noisy-20"),
@@ -291,7 +298,8 @@ def runs_of(figure: Figure, runs: dict[str, Run]) -> list[Run]:
 def fingerprints(name: str, scale: Scale) -> dict[str, str]:
     """Of the code that made a figure's data, and of each run behind it."""
     runs, figure = by_id(scale), FIGURES[name]
-    made_by = {"figure": digest(code_behind("lab/paper_figures.py"), figure.make.__name__)}
+    makers = [figure.make.__name__, figure.table.__name__ if figure.table else ""]
+    made_by = {"figure": digest(code_behind("lab/paper_figures.py"), *makers)}
     return made_by | {run.id: fingerprint(run, runs) for run in runs_of(figure, runs)}
 
 
@@ -358,12 +366,11 @@ def draw_panel(axis: Any, panel: dict) -> None:
         draw_categories(axis, panel, list(dict.fromkeys(p["x"] for p in points)))
     else:
         draw_lines(axis, panel)
-    top = panel.get("top", 102 if panel["share"] else None)
     axis.set(xlabel=panel["x"], ylabel=panel["y"])
     if panel.get("signed"):
         axis.axhline(0, color="#888")
     else:
-        axis.set_ylim(0, top)
+        axis.set_ylim(0, 102 if panel["share"] else None)
     axis.grid(alpha=0.3)
     if len(panel["series"]) > 1:
         axis.legend(fontsize=8)
@@ -479,11 +486,9 @@ def section(name: str, figure: Figure, data: dict) -> str:
     text += f'<p class="says">{e(figure.says(data))}</p>\n<figure><div class="panels">{drawings}</div>\n<figcaption>'
     text += f"n = {n} values behind a point, {seeds_text(seeds)}; bars and bands are 95 % intervals, small dashes are "
     text += f'single seeds. <a href="{name}.json">{name}.json</a><br>\n<b>In the paper.</b> {e(figure.paper)}'
-    text += "</figcaption></figure>\n<ul>\n"
-    for claim in figure.claims:
-        if line := sentence(data, claim):
-            text += f"<li>{e(line)}</li>\n"
-    text += "</ul>\n"
+    text += "</figcaption></figure>\n"
+    if lines := [sentence(data, claim) for claim in figure.claims]:
+        text += "<ul>\n" + "".join(f"<li>{e(line)}</li>\n" for line in lines if line) + "</ul>\n"
     if data["table"]:
         text += f'<div class="wide">\n<table class="small">\n{rows(data["table"])}</table>\n</div>\n'
     for variant in figure.variants:
@@ -519,13 +524,15 @@ table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem .
 </style>
 <h1>The paper in miniature</h1>
 """
-INTRO = """<p>The analyses of <a href="https://arxiv.org/abs/2510.05592">AgentFlow (arXiv 2510.05592)</a> on a made-up
-world of 300 articles with a planner of 0.7 million parameters. The sizes of the effects are this world's own. Each
-caption has the paper's numbers. Numbers and verdicts below a figure are computed from its JSON; reasons are
-guesses.</p>
+INTRO = """<p>The analyses of <a href="https://arxiv.org/abs/2510.05592">AgentFlow (arXiv 2510.05592)</a>, and some
+that it does not have, on a made-up world of 300 articles with a planner of 0.7 million parameters. The sizes of the
+effects are this world's own. The captions have the paper's numbers. Sentences, numbers and verdicts are computed from
+the JSON of each figure; reasons are guesses.</p>
 <p class="small">Shares have Wilson intervals; lengths and turns have the mean ± 1.96 standard errors. Both are over the
-values of all seeds. Values of one question, or of one seed, are alike, and the seeds share their test questions. So the
-intervals are a little too narrow, and a difference is called clear only if the seeds do not overlap either.</p>
+values of all seeds. Values of one question, or of one seed, are alike, and the seeds share their test questions. So
+these intervals are a little too narrow, and a difference is called clear only if the seeds do not overlap either. An
+ablation is compared with Flow-GRPO of the same seed: its interval is Student's, over the differences of the seeds. All
+intervals hold 95 %, so of 17 ablations without an effect about one would seem to have one.</p>
 """
 
 
@@ -559,6 +566,8 @@ def findings(name: str, data: dict) -> str:
     for claim in figure.claims:
         if line := sentence(data, claim):
             text += f"- {line}\n"
+    if text and data["table"]:
+        text += "\n"
     for number, row in enumerate(data["table"]):
         text += f"| {' | '.join(row)} |\n" + ("|---" * len(row) + "|\n" if number == 0 else "")
     return f"## {figure.title}\n\n**{figure.says(data)}**\n\n{text}"

@@ -10,7 +10,9 @@ from typing import Any
 
 from eval import wilson
 from lab.imitation import WAYS
-from lab.watch import WINDOW, stop_at
+from lab.paper_runs import LONG
+from lab.watch import WINDOW, means, stop_at
+from tinyworld.world import HARD_TURNS
 from tools import TOOLS
 
 Records = dict[str, dict[int, dict]]  # name of the run, seed: data of its record
@@ -42,7 +44,7 @@ WHEN = {"before": "untrained", "after": "after Flow-GRPO"}
 TEST, MISTAKES, GAIN = "test accuracy", "turns with a mistake", "difference to Flow-GRPO"
 REWARD, ACCURACY = "training reward (share of trajectories, %)", "test accuracy (share of questions, %)"
 AREA = "difference in the mean training reward (points)"
-LONG = {"long": "KL weight 0.001", "long-no-kl": "without KL"}
+LONG_RUNS = {"long": "KL weight 0.001", "long-no-kl": "without KL"}
 
 
 def point(x: Any, by_seed: dict[int, Sums], share: bool = True) -> dict:
@@ -61,10 +63,9 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 
 
 def paired_point(x: str, by_seed: dict[int, float]) -> dict:
-    """The mean of differences, one for each seed, with its 95 % interval. A single one has no interval: it is drawn
-    from -100 to 100 points."""
+    """The mean of differences, one for each seed, with its 95 % interval. A single difference has none."""
     values = list(by_seed.values())
-    half = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 100.0
+    half = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     middle = mean(values)
     return {"x": x, "y": middle, "low": middle - half, "high": middle + half, "n": len(values), "seeds": by_seed}
 
@@ -80,13 +81,15 @@ def tested(figures: dict) -> Sums:
     return [figures["n"], hits, hits]
 
 
-def over_steps(data: dict[int, dict], name: str, share: bool = True) -> list[dict]:
-    """A series over the steps of a training: what the records have under `name`, over all seeds."""
+def over_steps(data: dict[int, dict], name: str, share: bool = True, window: int = 1, values: int = 1) -> list[dict]:
+    """A series over the steps of a training: what the records have under `name`, over all seeds. A point stands for
+    `window` steps. A record that holds a mean of several `values` counts for so many."""
     by_step: dict[int, dict[int, Sums]] = {}
     for seed, record in data.items():
         for step in record["steps"]:
             if step[name]:
-                by_step.setdefault(step["step"], {})[seed] = step[name]
+                of_seed = by_step.setdefault(-(-step["step"] // window) * window, {})
+                of_seed[seed] = [a + values * b for a, b in zip(of_seed.get(seed, [0, 0, 0]), step[name])]
     return [point(step, by_seed, share) for step, by_seed in by_step.items()]
 
 
@@ -143,13 +146,14 @@ def imitation(records: Records) -> list[dict]:
         ]
     return [
         panel("", ACCURACY, {TEST: [frozen, *(test_point(way, of_way) for way, of_way in data.items())]}),
-        panel("", ACCURACY, families, small=True),
+        panel("", ACCURACY, families),
     ]
 
 
 def imitation_table(records: Records) -> Table:
     """The behaviour beside the accuracy. A difference is over the same questions, one for each seed."""
-    rows = [["way", "its teacher", "frozen", "after", "difference", "Search", "invented", "errors", "cut off", "KL"]]
+    rows = [["way", "its teacher", "frozen", "after", "difference", "Search", "invented", "errors", "cut off", "KL",
+             "expected before the run"]]  # fmt: skip
     for way, data in ways(records).items():
         own = list(data.values())
         last = [record["after"] for record in own]
@@ -160,7 +164,7 @@ def imitation_table(records: Records) -> Table:
         )]  # fmt: skip
         gaps = ([100 * x for x in (r["paired"]["difference"], *r["paired"]["interval"])] for r in last)
         cells.insert(3, ", ".join("{:+.0f} [{:+.0f}, {:+.0f}]".format(*gap) for gap in gaps))
-        rows.append([way, *cells, f"{mean(r['kl'] for r in last):.2f}"])
+        rows.append([way, *cells, f"{mean(r['kl'] for r in last):.2f}", WAYS[way].hypothesis])
     return rows
 
 
@@ -208,18 +212,18 @@ def ablation_table(records: Records) -> Table:
 
 
 def conclusion(gap: dict) -> str:
-    n, half = gap["n"], (gap["high"] - gap["low"]) / 2
+    n, half, how = gap["n"], (gap["high"] - gap["low"]) / 2, "more slowly" if gap["y"] < 0 else "faster"
     if n < 2:
-        return "Nothing: a single seed has no interval."
+        return "Nothing: a single seed shows no noise."
     if clear(gap):
-        how = "more slowly" if gap["y"] < 0 else "faster"
-        return f"It learns {how} here, in all {n} seeds. Where it ends after more steps is not shown."
+        agree = sum(value * gap["y"] > 0 for value in gap["seeds"].values())
+        return f"It learns {how} here, in {agree} of {n} seeds. Where it ends after more steps is not shown."
     return f"No effect is shown: {n} seeds cannot see one below about {half:.0f} points."
 
 
 def clear(gap: dict) -> bool:
-    """Whether the interval of a difference excludes zero."""
-    return gap["low"] > 0 or gap["high"] < 0
+    """Whether a difference has an interval that excludes zero."""
+    return gap["n"] > 1 and (gap["low"] > 0 or gap["high"] < 0)
 
 
 # --- what changes over a training -------------------------------------------------------------------------------------
@@ -246,33 +250,29 @@ def over_training(records: Records) -> list[dict]:
 
 def long_training(records: Records) -> list[dict]:
     """Hundreds of steps at a constant learning rate: the reward, and what may warn of a collapse."""
-    kinds = {REWARD: "reward", "dev accuracy (%)": "dev", "groups without signal (%)": "zero_variance_groups"}
+    kinds = {  # label: (name in the records, is it a share, steps of a point, values behind the number of a step)
+        REWARD: ("reward", True, WINDOW, 1),
+        "entropy per token (nats)": ("entropy", False, WINDOW, 1),
+        "KL to the initial policy": ("kl", False, WINDOW, 1),
+        "groups without signal (%)": ("zero_variance_groups", True, WINDOW, LONG["questions_per_step"]),
+        "dev accuracy (%)": ("dev", True, 1, LONG["dev_questions"]),
+    }
     panels = []
-    for y, name in (kinds | {"entropy per token (nats)": "entropy", "KL to the initial policy": "kl"}).items():
-        share = y.endswith("%)")
-        series = {label: over_steps(records[run], name, share) for run, label in LONG.items()}
-        panels.append(panel("step", y, {k: smooth(points) for k, points in series.items()}, share))
+    for y, (name, *how) in kinds.items():
+        series = {label: over_steps(records[run], name, *how) for run, label in LONG_RUNS.items()}
+        panels.append(panel("step", y, series, how[0]))
     return panels
-
-
-def smooth(points: list[dict]) -> list[dict]:
-    """Means over `WINDOW` steps, if there is a point for each step."""
-    if len(points) < 5 * WINDOW or points[-1]["x"] - points[0]["x"] >= len(points):
-        return points
-    parts = [points[i : i + WINDOW] for i in range(0, len(points), WINDOW)]
-    keys = ("y", "low", "high")
-    return [part[-1] | {key: mean(p[key] for p in part) for key in keys} for part in parts]
 
 
 def long_table(records: Records) -> Table:
     rows = [["training", f"best {WINDOW} steps", f"last {WINDOW} steps", "test after", "the rule stops it", "dev then"]]
-    for run, label in LONG.items():
+    for run, label in LONG_RUNS.items():
         for seed, record in records[run].items():
             rewards = [step["reward"][1] / step["reward"][0] for step in record["steps"]]
-            means = [mean(rewards[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(rewards))]
-            step = stop_at(record["steps"])
+            best, last = max(means(rewards), default=0.0), mean(rewards[-WINDOW:])
+            step = stop_at(rewards)
             devs = [s["dev"][1] for s in record["steps"] if s["dev"] and s["step"] <= (step or math.inf)]
-            rows.append([f"{label}, seed {seed}", percent(max(means)), percent(means[-1]),
+            rows.append([f"{label}, seed {seed}", percent(best), percent(last),
                          percent(record["after"]["accuracy"]), f"step {step}" if step else "never",
                          percent(devs[-1])])  # fmt: skip
     return rows
@@ -327,11 +327,11 @@ def elsewhere(records: Records) -> list[dict]:
             points.append(test_point(label, records[name], planner))
     families: dict[str, list[dict]] = {"untrained": [], "trained": []}
     for planner, points in families.items():
-        for name in ("other-families", "harder"):
+        for name, turns in (("other-families", 4), ("harder", HARD_TURNS)):
             data = records[name]
             for family in next(iter(data.values()))[planner]["by_family"]:
                 sums = {seed: tested(record[planner]["by_family"][family]) for seed, record in data.items()}
-                points.append(point(family if name == "harder" else f"{family} (not trained)", sums))
+                points.append(point(f"{family}, {turns} turns", sums))
     return [panel("", ACCURACY, series), panel("", ACCURACY, families)]
 
 

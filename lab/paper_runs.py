@@ -1,7 +1,7 @@
-"""The runs behind `lab/paper.py`: what is run, for how long, and one run after another.
+"""The runs behind `lab/paper.py`: what is run, for how long, and as many runs at a time as there are cores.
 
-Each run has a process and a folder of its own. If it is stopped at any moment, the same command goes on where it was.
-What is finished is not repeated, and a training that was cut continues by train.py's own means. A run carries a
+Each run has a process, a core and a folder of its own. If it is stopped at any moment, the same command goes on where
+it was. What is finished is not repeated, and a training that was cut continues by train.py's own means. A run carries a
 fingerprint of the code and the settings that made it; a run of other code is made again.
 """
 
@@ -31,7 +31,7 @@ import train
 from agent import AgentSystem
 from eval import evaluate
 from flow_grpo import broadcast_to_turns
-from lab import worlds
+from lab import variants, worlds
 from lab.imitation import BACKBONE, WAYS, learn
 from lab.paired import paired
 from lab.pretrain import PretrainConfig, make_backbone
@@ -68,7 +68,9 @@ class Scale:
 BUDGETS = (1, 2, 3, 4, 5, 6, 7, 8)  # turns
 GROUP_SIZES = (2, 4, 16)  # beside the default; the number of trajectories per step stays the same
 EASY = dict(dev_questions=1, eval_every=5)
-HARD = EASY | dict(task="tinyworld-hard", max_turns=HARD_TURNS, test_questions=1)  # its curves tell, not its test
+HARD = EASY | dict(
+    task="tinyworld-hard", max_turns=HARD_TURNS, test_questions=1
+)  # its curves are read, its test is not
 LONG = dict(questions_per_step=4, decay=False, dev_questions=50, eval_every=20, test_questions=200)
 SCALES = {
     "full": Scale(
@@ -103,7 +105,7 @@ class Run:
 
 
 def plan(scale: Scale) -> list[Run]:
-    """All runs, in order: what takes longest begins first."""
+    """All runs, in order: what takes longest begins first, so that no core is idle at the end."""
     runs = []
     if scale.long_steps:
         runs += [training(f"long{kl}", 0, LONG | dict(steps=scale.long_steps) | FLAGS.get(kl[1:], {}))
@@ -236,7 +238,8 @@ def turn_budgets(run: Run, folder: Path) -> dict:
 
 
 def transfer(run: Run, folder: Path) -> dict:
-    """The untrained planner and a trained one where the second was not trained: figures, and the paired difference."""
+    """The untrained planner and a trained one on questions of a kind that the training did not have: figures, and the
+    paired difference."""
     settings = run.settings
     world = worlds.world_of(settings.get("world", TEST_WORLD))
     questions = world.questions("test", settings.get("families", FAMILIES))[: settings["questions"]]
@@ -250,7 +253,7 @@ def transfer(run: Run, folder: Path) -> dict:
 
 
 def systems(run: Run, folder: Path) -> dict[str, AgentSystem]:
-    """The system with the untrained planner, and with the one of the run that this run needs."""
+    """The system with the untrained planner, and with the planner that the needed run has trained."""
     frozen = TransformersEngine(BACKBONE)
     untrained = AgentSystem(frozen, frozen, load_corpus(), Sandbox())
     trained = TransformersEngine(folder.parent / run.needs[0] / "run" / "checkpoint")
@@ -288,14 +291,20 @@ def digest(*parts: str) -> str:
     return sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+def edits(function: Callable) -> list[Callable]:
+    """A function of lab/variants.py, and those others of this file that it calls."""
+    called = [getattr(variants, name, None) for name in function.__code__.co_names]
+    return [function, *(f for f in called if getattr(f, "__module__", "") == variants.__name__)]
+
+
 def fingerprint(run: Run, runs: dict[str, Run]) -> str:
     """Of everything that decides what a run gives: code, settings, seed, and the runs that it builds on."""
-    variant = meaning(PATCHES[run.name][1]) if run.name in PATCHES else ""
+    variant = "".join(map(meaning, edits(PATCHES[run.name][1]))) if run.name in PATCHES else ""
     needed = [fingerprint(runs[name], runs) for name in run.needs]
     return digest(code_behind("lab/paper_runs.py"), run.id, json.dumps(run.settings), variant, *needed)
 
 
-# --- one run after another --------------------------------------------------------------------------------------------
+# --- the runs at work -------------------------------------------------------------------------------------------------
 
 
 def folder_of_runs(out: Path, scale: Scale) -> Path:
@@ -316,7 +325,8 @@ def do(run: Run, folder: Path, made_by: str) -> None:
     if folder.exists() and not mark.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} was not made by lab.paper: move it away, or name another folder with --out")
     if mark.exists() and mark.read_text() != made_by:
-        shutil.rmtree(folder)
+        old = folder.rename(f"{folder}.old-{os.getpid()}")  # a kill in between leaves no half of a run
+        shutil.rmtree(old)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(mark, made_by)
     started = time.time()
@@ -326,13 +336,13 @@ def do(run: Run, folder: Path, made_by: str) -> None:
 
 
 def do_all(out: Path, scale: Scale) -> None:
-    """Every run that is not finished, as many at a time as there are cores, under one bar for all of them."""
+    """Every run that is not finished, one per core and at most 8 at a time, under one bar for all of them."""
     runs, folder = by_id(scale), folder_of_runs(out, scale)
     waiting = [run for run in runs.values() if not finished(folder / run.id, fingerprint(run, runs))]
     if not waiting:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    total, workers = sum(run.seconds for run in runs.values()), min(8, os.cpu_count())
+    total, workers = sum(run.seconds for run in runs.values()), min(8, cores())
     done = total - sum(run.seconds for run in waiting)
     shape = "{desc} {percentage:3.0f} %|{bar}| {elapsed} so far, {remaining} left"
     at_work: dict[str, tuple[Run, subprocess.Popen, float]] = {}
@@ -348,7 +358,7 @@ def do_all(out: Path, scale: Scale) -> None:
                 for run in ready[: workers - len(at_work)]:
                     at_work[run.id] = run, start(run, folder, out, scale, lock.fileno()), time.time()
                     waiting.remove(run)
-                time.sleep(0.2)
+                time.sleep(0.5)
                 for run, process, _ in list(at_work.values()):
                     if process.poll() is not None:
                         check(run, process.returncode, folder)
@@ -383,12 +393,17 @@ def check(run: Run, code: int, folder: Path) -> None:
 
 
 def stop(processes: list[subprocess.Popen]) -> None:
-    """Let the runs at work save; a second Ctrl-C ends them at once."""
+    """Let the runs at work save; a second Ctrl-C ends them at once, with all that they have started."""
     for process in processes:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
     try:
         for process in processes:
             process.wait()
     finally:
         for process in processes:
-            process.kill()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,7 +1,7 @@
 """Teach a model the agent's language, in other worlds: the bundled backbone from scratch, or a model that exists.
 
     python -m lab.pretrain             # writes tinyworld/backbone/; 13 minutes on 2 CPU cores
-    python -m lab.pretrain --check     # measures the backbone that is there, on the test split
+    python -m lab.pretrain --check     # measures the backbone that is there, on both test splits
     python -m lab.pretrain --model models/smollm2-135m --out models/smollm2-135m-planner     # a cold start, 10 minutes
 
 Both imitate the teacher of lab/teacher.py, who is clumsy as a planner on purpose, so planning is left for Flow-GRPO. A

@@ -1,7 +1,7 @@
-"""Variants of Flow-GRPO, as the paper's own ablations or other papers would have it: each is an edit of a few lines.
+"""Variants of Flow-GRPO, as other papers or the authors' code would have it: each is an edit of a few lines.
 
-`PATCHES` puts a function in the place of one of train.py's for the time of a run, and `FLAGS` sets flags of train.py.
-`lab/paper.py` runs all of them beside the baseline and shows each edit next to its learning curve.
+In `PATCHES` stands a function that takes the place of one of train.py's for the time of a run, in `FLAGS` flags of
+train.py that a variant sets. `lab/paper.py` runs them beside the baseline and shows each edit next to its curve.
 """
 
 import random
@@ -48,7 +48,7 @@ def same_turn(advantages: Tensor, num_turns: list[int]) -> Tensor:
     for n in range(max(num_turns)):
         for p in range(len(advantages)):
             here = (number == n) & (question == p)
-            if here.sum() > 1 and rows[here].std() > 0:
+            if here.any() and rows[here].max() > rows[here].min():  # the std of equal numbers need not be 0
                 credit[here] = (rows[here] - rows[here].mean()) / rows[here].std()
     return credit
 
@@ -70,7 +70,8 @@ def clipped_weight(
     logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | None,
     advantages: Tensor, mask: Tensor, row_weights: Tensor, *, clip_low: float, clip_high: float, **settings: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """CISPO (arXiv 2506.13585): the clipped ratio is a constant weight on A log pi, so no token loses its gradient."""
+    """CISPO (arXiv 2506.13585): the ratio, clipped from above, is a constant weight on A log pi, so no token loses its
+    gradient. Means and KL are those of Flow-GRPO."""
     no_gain = torch.zeros_like(advantages)  # (B,)
     kl, stats = flow_grpo_loss(logprobs, old_logprobs, ref_logprobs, no_gain, mask, row_weights, **settings)
     ratio = torch.where(mask, logprobs.detach() - old_logprobs, 0.0).exp()  # (B, T)
@@ -113,9 +114,10 @@ FLAGS: dict[str, dict] = {  # variant: what differs from the baseline's flags
     "four-updates": dict(updates_per_step=4),
     "four-updates-wide-clip": dict(updates_per_step=4, clip_high=0.3),
     "token-mean": dict(aggregation="token-mean"),
+    "cispo": dict(clip_low=1.0),  # no lower bound, as in its paper
     "gspo": dict(clip_low=0.03, clip_high=0.04),  # a mean over tokens moves less than one token does
 }
-# The variants that `lab/paper.py` compares with the baseline on the hard split, and what a reader may conclude.
+# The variants that `lab/paper.py` compares with the baseline on the hard split.
 ABLATIONS = (
     "baseline", "last-turn", "fading-credit", "same-turn", "turn-pooled", "no-std", "no-kl", "more-kl", "one-update",
     "wide-clip", "four-updates", "four-updates-wide-clip", "token-mean", "gspo", "cispo",

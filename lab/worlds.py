@@ -2,7 +2,7 @@
 
     python -m lab.worlds --folder data/world1 --seed 1                              # new articles, new questions
     python -m lab.worlds --folder data/half --families lookup two-hop difference    # train on these, test on the rest
-    python -m lab.worlds --folder data/hops --families three-hop four-hop five-hop  # chains longer than any in training
+    python -m lab.worlds --folder data/hops --families three-hop four-hop five-hop  # longer chains
     python eval.py --task data/world1 --planners tinyworld/backbone runs/tinyworld-seed0
 
 A world with a seed of its own shares no fact with the bundled one. The same arguments write the same files.

@@ -50,7 +50,6 @@ SMALLER = {  # the same command on less work
 }
 RUN_ELSEWHERE = [  # by tests of their own, or they need a GPU, the network or minutes
     "python -m lab.course",
-    "python -m lab.imitation",
     "python -m lab.worlds",
     "python train.py --task data/",
     "python train.py --model models/",
@@ -61,6 +60,7 @@ RUN_ELSEWHERE = [  # by tests of their own, or they need a GPU, the network or m
     "python -m lab.smollm2",
     "python -m lab.speedrun",
     "python -m lab.torchrun",
+    "python -m lab.watch",
     "python train.py --engine vllm",
     "python -m lab.bench --shape",
     "python eval.py --task data/",

@@ -43,8 +43,7 @@ def test_splits(world):
 
 
 def test_the_hard_split(world):
-    """Longer chains, a name that leads astray, two chains to join; each needs more turns than the default budget has,
-    or almost all of them."""
+    """Longer chains, a name that leads astray, two chains to join, all within a budget of their own."""
     questions = {split: world.questions(split, HARD_FAMILIES) for split in SPLITS}
     every = [q for split in questions.values() for q in split]
     assert len({q.question for q in every}) == len(every) > 3000

@@ -229,7 +229,8 @@ class World:
                     return tuple(facts)
 
     def _joined(self, rng: random.Random) -> Question:
-        """The difference between the same number of two entities, each one search away from a name in the question."""
+        """The difference between two entities' values of one relation. The question names neither: each is one search
+        away from a name in it."""
         while True:
             one, two = self._chain(2, rng), self._chain(2, rng)
             same = one[-1].relation == two[-1].relation and one[-1].relation in NUMBER_RELATIONS

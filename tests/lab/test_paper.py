@@ -60,6 +60,8 @@ def test_turns_of_the_same_number_are_compared():
     credit = same_turn(torch.tensor([[1.0, -1.0], [0.0, 0.0]]), [1, 2, 2, 1])
     half = math.sqrt(0.5)  # of two numbers, each lies so many sample standard deviations from their mean
     assert credit.tolist() == pytest.approx([half, -half, 0, 0, 0, 0])
+    won_at_once = group_advantages(torch.tensor([[1.0] + [0.0] * 7]))  # seven equal second turns: nothing to compare
+    assert same_turn(won_at_once, [1] + [2] * 7)[2::2].tolist() == [0.0] * 7
 
 
 def test_a_noisy_judge_errs_as_often_as_it_says():
@@ -118,11 +120,14 @@ def test_a_clipped_weight_keeps_every_gradient():
     loss, stats = clipped_weight(logprobs, old, *rest, clip_low=0.2, clip_high=0.2)
     assert torch.autograd.grad(loss, logprobs)[0].tolist() == [pytest.approx([-0.6, -0.4])]
     assert stats["clip_fraction"].item() == pytest.approx(1.0)
+    theirs, _ = flow_grpo_loss(logprobs, old, *rest, clip_low=0.2, clip_high=0.2)
+    assert torch.autograd.grad(theirs, logprobs)[0].tolist() == [pytest.approx([0, -0.25])]
 
 
 def test_every_edit_is_shown_as_it_is_run():
     shown = {name for figure in paper.FIGURES.values() for name in figure.variants}
-    assert shown == set(variants.PATCHES) | set(variants.FLAGS) | {"group-2", "group-4", "group-16"}
+    assert shown == set(variants.PATCHES) | set(variants.FLAGS)
+    assert all(paper.code_of(name) for name in shown)
     for name, (place, function) in variants.PATCHES.items():
         assert hasattr(train, place) and f"def {function.__name__}(" in paper.code_of(name)
     assert paper.code_of("no-std") == "- normalize_std = True\n+ normalize_std = False\n"
@@ -146,7 +151,7 @@ def out(tmp_path_factory):
     """All runs of the tiny scale: one of each kind is real, the others are given its record."""
     out = tmp_path_factory.mktemp("paper")
     runs, folder, records = by_id(TINY), out / "runs-tiny", {}
-    for name in ("main", "imitation-peer", "turn-budget", "gspo", "other-world"):
+    for name in ("main", "imitation-peer", "turn-budget", "gspo", "three-families", "other-families"):
         run = runs[f"{name}-seed0"]
         do(run, folder / run.id, fingerprint(run, runs))
         records[run.work] = json.loads((folder / run.id / "record.json").read_text())
@@ -280,11 +285,11 @@ def test_a_difference_is_clear_if_its_interval_excludes_zero():
     assert paper_figures.conclusion(point).startswith("It learns more slowly here, in all 3 seeds.")
     spread = paper_figures.paired_point("x", {0: -10.0, 1: 2.0, 2: 4.0})
     assert paper_figures.conclusion(spread) == "No effect is shown: 3 seeds cannot see one below about 19 points."
-    assert "Nothing" in paper_figures.conclusion(paper_figures.paired_point("x", {0: 50.0}))
+    single = paper_figures.paired_point("x", {0: 50.0})
+    assert "Nothing" in paper_figures.conclusion(single) and not paper_figures.clear(single)
     data = {"panels": [paper_figures.panel("", "", {paper_figures.GAIN: [point, spread]}, False)]}
-    assert paper.effects(data) == (
-        "A difference beyond the noise between seeds: x (-12.0 points); the other 1 do not exceed it."
-    )
+    expected = "1 of 2 changes differs from Flow-GRPO by more than the noise between seeds: x (-12.0 points)."
+    assert paper.effects(data) == expected
 
 
 def test_the_page_loads_nothing_and_runs_nothing(page):
