@@ -350,7 +350,8 @@ def draw(name: str, panel: dict) -> str:
     salt = name + json.dumps(panel)  # of the ids in the drawing: no other on the page may have them
     style = {"svg.hashsalt": salt, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     with matplotlib.rc_context(style):
-        figure = Canvas(figsize=(5.6, 4), layout="constrained")
+        lines = len(panel["series"].get(GAIN, [])) if panel.get("flat") else 0
+        figure = Canvas(figsize=(5.6, max(4, 0.32 * lines + 1)), layout="constrained")
         draw_panel(figure.subplots(), panel)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

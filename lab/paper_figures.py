@@ -259,7 +259,8 @@ def long_training(records: Records) -> list[dict]:
     }
     panels = []
     for y, (name, *how) in kinds.items():
-        series = {label: over_steps(records[run], name, *how) for run, label in LONG_RUNS.items()}
+        runs = {"long": LONG_RUNS["long"]} if name == "kl" else LONG_RUNS  # without a KL in the loss, none is computed
+        series = {label: over_steps(records[run], name, *how) for run, label in runs.items()}
         panels.append(panel("step", y, series, how[0]))
     return panels
 

@@ -54,7 +54,7 @@ def test_a_folder_of_json_lines(tmp_path):
     (tmp_path / "dev.jsonl").write_bytes("\r\n".join([*rows[:3], "", *rows[3:], " "]).encode())
     examples = [example for _, example in PLAIN]
     assert load_examples(str(tmp_path), "dev") == [*examples, Example("a\u2028b\u0085c", "\u2028é")]
-    with pytest.raises(UserError, match=r"there is no .*train\.jsonl; name tinyworld, or a folder"):
+    with pytest.raises(UserError, match=r"there is no .*train\.jsonl; name tinyworld, tinyworld-hard, or a folder"):
         load_examples(str(tmp_path), "train")
 
 
@@ -111,7 +111,7 @@ def test_an_unknown_judge_is_refused_before_the_run():
 
 def test_no_such_task(tmp_path):
     with pytest.raises(
-        UserError, match=r"--task nowhere: there is no nowhere/test\.jsonl; name tinyworld, or a folder"
+        UserError, match=r"--task nowhere: there is no nowhere/test\.jsonl; name tinyworld, tinyworld-hard, or a folder"
     ):
         load_examples("nowhere", "test")
     (tmp_path / "test.jsonl").write_text("\n")

@@ -282,7 +282,7 @@ def test_a_difference_is_clear_if_its_interval_excludes_zero():
     point = paper_figures.paired_point("x", {0: -10.0, 1: -12.0, 2: -14.0})
     half = 4.30 * 2 / math.sqrt(3)
     assert (point["y"], point["low"], point["high"]) == pytest.approx((-12, -12 - half, -12 + half))
-    assert paper_figures.conclusion(point).startswith("It learns more slowly here, in all 3 seeds.")
+    assert paper_figures.conclusion(point).startswith("It learns more slowly here, in 3 of 3 seeds.")
     spread = paper_figures.paired_point("x", {0: -10.0, 1: 2.0, 2: 4.0})
     assert paper_figures.conclusion(spread) == "No effect is shown: 3 seeds cannot see one below about 19 points."
     single = paper_figures.paired_point("x", {0: 50.0})
