@@ -51,22 +51,18 @@ SMALLER = {  # the same command on less work
 RUN_ELSEWHERE = [  # by tests of their own, or they need a GPU, the network or minutes
     "python -m lab.course",
     "python -m lab.worlds",
-    "python train.py --task data/",
     "python train.py --model models/",
     "python -m lab.exam",
     "python -m lab.pretrain",
     "python -m lab.paper",
     "python -m lab.prepare",
-    "python -m lab.smollm2",
     "python -m lab.speedrun",
     "python -m lab.torchrun",
     "python -m lab.watch",
     "python train.py --engine vllm",
     "python -m lab.bench --shape",
     "python eval.py --task data/",
-    "python eval.py --planners tinyworld/backbone runs/half",
-    "python eval.py --max_turns 8",
-    "python train.py --max_turns 3",
+    "python eval.py --task tinyworld-hard",
 ]
 
 

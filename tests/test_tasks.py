@@ -21,7 +21,9 @@ from tools import UserError
 
 def test_the_bundled_task():
     assert [len(load_examples("tinyworld", split)) for split in ("train", "dev", "test")] == [4000, 200, 500]
-    assert load_corpus("tinyworld").search("Zilath")[0][0] == "Zilath"
+    assert [len(load_examples("tinyworld-hard", split)) for split in ("train", "dev", "test")] == [2668, 134, 334]
+    for task in ("tinyworld", "tinyworld-hard"):
+        assert load_corpus(task).search("Zilath")[0][0] == "Zilath"
 
 
 PLAIN = [
