@@ -78,7 +78,7 @@ SCALES = {
         traces=0, test_questions=200, budget_questions=100, long_steps=300, share=0.25,
     ),
     "quick": Scale(
-        "quick", EASY | dict(steps=12, test_questions=200), (0,), HARD | dict(steps=4, questions_per_step=4), (0,),
+        "quick", EASY | dict(steps=12, test_questions=200), (0,), HARD | dict(steps=3, questions_per_step=4), (0,),
         (0,),
         traces=160, test_questions=60, budget_questions=20,
     ),
