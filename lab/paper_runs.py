@@ -165,6 +165,8 @@ def training(name: str, seed: int, flags: dict, needs: tuple[str, ...] = ()) -> 
     evaluations = (config.steps - 1) // config.eval_every + 1
     asked = 2 * (config.test_questions or 500) + evaluations * config.dev_questions
     seconds = PROCESS + per_trajectory * trajectories + TEST_TURN * turns * asked
+    if not config.decay:
+        seconds *= 3.5  # a policy that falls apart writes long plans, and takes all its turns
     return Run(name, seed, train_planner, flags, needs, seconds)
 
 
