@@ -41,8 +41,10 @@ class Example:
 # --- questions --------------------------------------------------------------------------------------------------------
 
 
-def tinyworld(split: str, families: tuple[str, ...] = FAMILIES) -> list[Example]:
-    return [Example(q.question, q.answer, q.family) for q in World(seed=0).questions(split, families)]
+def tinyworld(split: str, families: tuple[str, ...] = FAMILIES, world: World | None = None) -> list[Example]:
+    """Questions of the bundled world, or of another one."""
+    questions = (world or World(seed=0)).questions(split, families)
+    return [Example(q.question, q.answer, q.family) for q in questions]
 
 
 TASKS: dict[str, Callable[[str], list[Example]]] = {

@@ -178,7 +178,7 @@ def learn(name: str, seed: int, questions: int = 0, test_questions: int = 300) -
     student, encode = TransformersEngine(BACKBONE), encoder(tokenizer)
     before, pairs = evaluate(system, test_set, (seed, "test"), "before")
     rewards = [trajectory.reward for _, trajectory in pairs]
-    record = {"way": name, "hypothesis": way.hypothesis, "before": before, "rounds": []}
+    record = {"hypothesis": way.hypothesis, "before": before, "rounds": []}
     asked_for = load_examples("tinyworld", "train")
     count = max(1, min(questions or way.questions, way.questions) // way.rounds)
     for number in range(way.rounds):

@@ -448,11 +448,13 @@ def sentence(data: dict, claim: Claim) -> str:
         return ""
     (panel, a), (_, b) = found
     high, low = (a, b) if a["y"] > b["y"] else (b, a)
-    clear = high["low"] > low["high"] and min(high["seeds"].values()) > max(low["seeds"].values())
+    apart = high["low"] > low["high"]
+    alone = min(len(a["seeds"]), len(b["seeds"])) < 2
+    clear = apart and not alone and min(high["seeds"].values()) > max(low["seeds"].values())
     difference = f"{100 * (a['y'] - b['y']):+.1f} points" if panel["share"] else f"{a['y'] - b['y']:+.1f}"
     text = f"{in_words(panel, claim.a[0], a)}; {in_words(panel, claim.b[0], b)}. Difference {difference}, "
-    if high["low"] > low["high"] and min(len(a["seeds"]), len(b["seeds"])) < 2:
-        clear, text = False, f"{text}beyond the intervals, but one seed does not show the noise between seeds."
+    if apart and alone:
+        text += "beyond the intervals, but one seed does not show the noise between seeds."
     else:
         text += "clear: neither intervals nor seeds overlap." if clear else "not clear: intervals or seeds overlap."
     if not claim.sign:
@@ -461,6 +463,11 @@ def sentence(data: dict, claim: Claim) -> str:
     verdict = "the same direction here" if agrees else "the other direction here" if clear else "open here"
     text += f" Paper: {claim.paper}; {verdict}."
     return text + (f" A possible reason: {claim.why}" if claim.why and not agrees else "")
+
+
+def sentences(figure: Figure, data: dict) -> list[str]:
+    """Those of a figure's claims for which this scale has the points."""
+    return [line for claim in figure.claims if (line := sentence(data, claim))]
 
 
 # --- the page, from the figures' JSON alone ---------------------------------------------------------------------------
@@ -473,7 +480,9 @@ def code_of(name: str) -> str:
         text += f"- {flag} = {getattr(defaults, flag)!r}\n+ {flag} = {value!r}\n"
     if name in PATCHES:
         place, function = PATCHES[name]
-        text += f"- train.{place} = flow_grpo.{place}\n+ train.{place} = {function.__name__}\n\n"
+        text += (
+            f"- train.{place} = {getattr(train, place).__module__}.{place}\n+ train.{place} = {function.__name__}\n\n"
+        )
         text += inspect.getsource(function)
     return text
 
@@ -491,8 +500,8 @@ def section(name: str, figure: Figure, data: dict) -> str:
     text += f"n = {n} values behind a point, {seeds_text(seeds)}; bars and bands are 95 % intervals, small dashes are "
     text += f'single seeds. <a href="{name}.json">{name}.json</a><br>\n<b>In the paper.</b> {e(figure.paper)}'
     text += "</figcaption></figure>\n"
-    if lines := [sentence(data, claim) for claim in figure.claims]:
-        text += "<ul>\n" + "".join(f"<li>{e(line)}</li>\n" for line in lines if line) + "</ul>\n"
+    if lines := sentences(figure, data):
+        text += "<ul>\n" + "".join(f"<li>{e(line)}</li>\n" for line in lines) + "</ul>\n"
     if data["table"]:
         text += f'<div class="wide">\n<table class="small">\n{rows(data["table"])}</table>\n</div>\n'
     for variant in figure.variants:
@@ -566,10 +575,8 @@ def write_page(out: Path) -> Path:
 
 def findings(name: str, data: dict) -> str:
     """A figure in Markdown: its sentence, its comparisons, its table."""
-    figure, text = FIGURES[name], ""
-    for claim in figure.claims:
-        if line := sentence(data, claim):
-            text += f"- {line}\n"
+    figure = FIGURES[name]
+    text = "".join(f"- {line}\n" for line in sentences(figure, data))
     if text and data["table"]:
         text += "\n"
     for number, row in enumerate(data["table"]):

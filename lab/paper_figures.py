@@ -93,26 +93,36 @@ def over_steps(data: dict[int, dict], name: str, share: bool = True, window: int
     return [point(step, by_seed, share) for step, by_seed in by_step.items()]
 
 
-def test_point(x: str, data: dict[int, dict], which: str = "after") -> dict:
-    """The test accuracy that the records hold under `which`."""
-    return point(x, {seed: tested(record[which]) for seed, record in data.items()})
+def test_point(x: str, data: dict[int, dict], which: str = "after", family: str = "all") -> dict:
+    """The test accuracy that the records hold under `which`, of all questions or of a family."""
+    figures = {seed: {"all": record[which], **record[which]["by_family"]}[family] for seed, record in data.items()}
+    return point(x, {seed: tested(of_family) for seed, of_family in figures.items()})
+
+
+def families(data: dict[int, dict], which: str = "after") -> list[str]:
+    return list(next(iter(data.values()))[which]["by_family"])
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def with_interval(middle: float, low: float, high: float, digits: int = 1) -> str:
+    return f"{middle:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def paired_text(paired: dict, digits: int = 1) -> str:
+    """What `lab.paired.paired` has found, in points."""
+    return with_interval(*(100 * x for x in (paired["difference"], *paired["interval"])), digits)
+
+
 # --- the main result and how the planner was trained ------------------------------------------------------------------
 
 
 def main_result(records: Records) -> list[dict]:
-    series = {}
+    main, series = records["main"], {}
     for when, label in WHEN.items():
-        by_family: dict[str, dict[int, Sums]] = {}
-        for seed, record in records["main"].items():
-            for family, figures in ({"all": record[when]} | record[when]["by_family"]).items():
-                by_family.setdefault(family, {})[seed] = tested(figures)
-        series[label] = [point(family, by_seed) for family, by_seed in by_family.items()]
+        series[label] = [test_point(family, main, when, family) for family in ("all", *families(main))]
     return [panel("family of questions", ACCURACY, series)]
 
 
@@ -138,15 +148,13 @@ def ways(records: Records) -> dict[str, dict[int, dict]]:
 def imitation(records: Records) -> list[dict]:
     data = ways(records)
     frozen = test_point("frozen", data["peer"], "before")
-    families = {}
-    for family in next(iter(data["peer"].values()))["after"]["by_family"]:
-        families[family] = [
-            point(way, {seed: tested(record["after"]["by_family"][family]) for seed, record in of_way.items()})
-            for way, of_way in data.items()
-        ]
+    by_family = {
+        family: [test_point(way, of_way, family=family) for way, of_way in data.items()]
+        for family in families(data["peer"])
+    }
     return [
         panel("", ACCURACY, {TEST: [frozen, *(test_point(way, of_way) for way, of_way in data.items())]}),
-        panel("", ACCURACY, families),
+        panel("", ACCURACY, by_family),
     ]
 
 
@@ -162,8 +170,7 @@ def imitation_table(records: Records) -> Table:
             [r["accuracy"] for r in last], [r["tool_shares"]["Search"] for r in last], [r["invented"] for r in last],
             [r["tool_error_rate"] for r in last], [r["truncated_turns"] for r in last],
         )]  # fmt: skip
-        gaps = ([100 * x for x in (r["paired"]["difference"], *r["paired"]["interval"])] for r in last)
-        cells.insert(3, ", ".join("{:+.0f} [{:+.0f}, {:+.0f}]".format(*gap) for gap in gaps))
+        cells.insert(3, ", ".join(paired_text(r["paired"], digits=0) for r in last))
         rows.append([way, *cells, f"{mean(r['kl'] for r in last):.2f}", WAYS[way].hypothesis])
     return rows
 
@@ -171,9 +178,14 @@ def imitation_table(records: Records) -> Table:
 # --- ablations, each against the baseline of the same seed ------------------------------------------------------------
 
 
+def rewards(record: dict) -> list[float]:
+    """The mean reward of each step."""
+    return [step["reward"][1] / step["reward"][0] for step in record["steps"]]
+
+
 def area(record: dict) -> float:
     """The area under a learning curve, as the mean reward of its steps."""
-    return mean(step["reward"][1] / step["reward"][0] for step in record["steps"])
+    return mean(rewards(record))
 
 
 def differences(records: Records, names: list[str]) -> list[dict]:
@@ -200,13 +212,13 @@ def ablation_table(records: Records) -> Table:
     """Mean training rewards of each variant, the difference to the baseline, and what a reader may conclude."""
     rows = [["variant", "all steps", "last three", "difference, points", "what you may conclude"]]
     for name, data in records.items():
-        last = {seed: {"steps": record["steps"][-3:]} for seed, record in data.items()}
-        cells = [LABELS[name], *(percent(mean(map(area, some.values()))) for some in (data, last))]
+        last = mean(mean(rewards(record)[-3:]) for record in data.values())
+        cells = [LABELS[name], percent(mean(map(area, data.values()))), percent(last)]
         if name == "baseline":
             rows.append([*cells, "", "This is what the rows below are compared with."])
             continue
         (gap,) = differences(records, [name])
-        text = f"{gap['y']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]" if gap["n"] > 1 else f"{gap['y']:+.1f}"
+        text = with_interval(gap["y"], gap["low"], gap["high"]) if gap["n"] > 1 else f"{gap['y']:+.1f}"
         rows.append([*cells, text, conclusion(gap)])
     return rows
 
@@ -231,10 +243,7 @@ def clear(gap: dict) -> bool:
 
 def tools(records: Records) -> list[dict]:
     main = records["main"]
-    shares: dict[str, list[dict]] = {}
-    for tool in TOOLS:
-        used = {seed: {"steps": [s | {"used": s["tools"][tool]} for s in r["steps"]]} for seed, r in main.items()}
-        shares[tool] = over_steps(used, "used")
+    shares = {tool: over_steps(main, tool) for tool in TOOLS}
     errors = {MISTAKES: over_steps(main, "errors")}
     return [panel("step", "turns with each tool (%)", shares), panel("step", f"{MISTAKES} (%)", errors)]
 
@@ -269,9 +278,8 @@ def long_table(records: Records) -> Table:
     rows = [["training", f"best {WINDOW} steps", f"last {WINDOW} steps", "test after", "the rule stops it", "dev then"]]
     for run, label in LONG_RUNS.items():
         for seed, record in records[run].items():
-            rewards = [step["reward"][1] / step["reward"][0] for step in record["steps"]]
-            best, last = max(means(rewards), default=0.0), mean(rewards[-WINDOW:])
-            step = stop_at(rewards)
+            curve = rewards(record)
+            best, last, step = max(means(curve), default=0.0), mean(curve[-WINDOW:]), stop_at(curve)
             devs = [s["dev"][1] for s in record["steps"] if s["dev"] and s["step"] <= (step or math.inf)]
             rows.append([f"{label}, seed {seed}", percent(best), percent(last),
                          percent(record["after"]["accuracy"]), f"step {step}" if step else "never",
@@ -322,25 +330,21 @@ ELSEWHERE = {
 
 
 def elsewhere(records: Records) -> list[dict]:
-    series: dict[str, list[dict]] = {"untrained": [], "trained": []}
-    for planner, points in series.items():
-        for name, label in ELSEWHERE.items():
-            points.append(test_point(label, records[name], planner))
-    families: dict[str, list[dict]] = {"untrained": [], "trained": []}
-    for planner, points in families.items():
-        for name, turns in (("other-families", 4), ("harder", HARD_TURNS)):
-            data = records[name]
-            for family in next(iter(data.values()))[planner]["by_family"]:
-                sums = {seed: tested(record[planner]["by_family"][family]) for seed, record in data.items()}
-                points.append(point(f"{family}, {turns} turns", sums))
-    return [panel("", ACCURACY, series), panel("", ACCURACY, families)]
+    series, by_family = {}, {}
+    for planner in ("untrained", "trained"):
+        series[planner] = [test_point(label, records[name], planner) for name, label in ELSEWHERE.items()]
+        by_family[planner] = [
+            test_point(f"{family}, {turns} turns", records[name], planner, family)
+            for name, turns in (("other-families", 4), ("harder", HARD_TURNS))
+            for family in families(records[name], planner)
+        ]
+    return [panel("", ACCURACY, series), panel("", ACCURACY, by_family)]
 
 
 def elsewhere_table(records: Records) -> Table:
     rows = [["tested on", "seed", "untrained", "trained", "difference on the same questions"]]
     for name, label in ELSEWHERE.items():
         for seed, record in records[name].items():
-            gap = [100 * x for x in (record["paired"]["difference"], *record["paired"]["interval"])]
             figures = [percent(record[planner]["accuracy"]) for planner in ("untrained", "trained")]
-            rows.append([label, str(seed), *figures, "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gap)])
+            rows.append([label, str(seed), *figures, paired_text(record["paired"])])
     return rows

@@ -39,7 +39,7 @@ from lab.teacher import TEST_WORLD
 from lab.variants import ABLATIONS, FLAGS, PATCHES
 from llm import TransformersEngine, load_model
 from sandbox import Sandbox
-from tasks import Corpus, Example, load_corpus, load_examples, write_atomically
+from tasks import Corpus, load_corpus, load_examples, tinyworld, write_atomically
 from tinyworld.world import FAMILIES, HARD_FAMILIES, HARD_TURNS
 from tools import TOOLS, UserError
 
@@ -68,9 +68,8 @@ class Scale:
 BUDGETS = (1, 2, 3, 4, 5, 6, 7, 8)  # turns
 GROUP_SIZES = (2, 4, 16)  # beside the default; the number of trajectories per step stays the same
 EASY = dict(dev_questions=1, eval_every=5)
-HARD = EASY | dict(
-    task="tinyworld-hard", max_turns=HARD_TURNS, test_questions=1
-)  # its curves are read, its test is not
+# Of an ablation the curve is read, and not the test.
+HARD = EASY | dict(task="tinyworld-hard", max_turns=HARD_TURNS, test_questions=1)
 LONG = dict(questions_per_step=4, decay=False, dev_questions=50, eval_every=20, test_questions=200)
 SCALES = {
     "full": Scale(
@@ -211,8 +210,8 @@ def training_steps(folder: Path) -> list[dict]:
                 "turns": moments([len(trajectory["turns"]) for trajectory in trajectories]),
                 "tokens": moments(lengths),
                 "errors": moments([bool(turn["error"]) for turn in turns]),
-                "tools": {tool: [len(turns), used[tool], used[tool]] for tool in TOOLS},
-                **{name: moments([of_step[name]]) for name in ("kl", "entropy", "zero_variance_groups", "grad_norm")},
+                **{tool: [len(turns), used[tool], used[tool]] for tool in TOOLS},
+                **{name: moments([of_step[name]]) for name in ("kl", "entropy", "zero_variance_groups")},
                 "dev": moments([of_step["dev_accuracy"]]) if "dev_accuracy" in of_step else None,
             })  # fmt: skip
     return steps
@@ -244,8 +243,7 @@ def transfer(run: Run, folder: Path) -> dict:
     paired difference."""
     settings = run.settings
     world = worlds.world_of(settings.get("world", TEST_WORLD))
-    questions = world.questions("test", settings.get("families", FAMILIES))[: settings["questions"]]
-    examples = [Example(q.question, q.answer, q.family) for q in questions]
+    examples = tinyworld("test", settings.get("families", FAMILIES), world)[: settings["questions"]]
     corpus, record, rewards = Corpus.from_articles(world.articles.items()), {}, {}
     for name, system in systems(run, folder).items():
         system = replace(system, corpus=corpus, max_turns=settings.get("max_turns", system.max_turns))

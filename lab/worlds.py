@@ -14,7 +14,7 @@ from pathlib import Path
 
 from eval import Ranged, run_main, setting
 from lab.teacher import TEST_WORLD
-from tasks import Example, index, write_atomically
+from tasks import index, tinyworld, write_atomically
 from tinyworld.world import FAMILIES, HARD_FAMILIES, SPLITS, World
 from tools import UserError
 
@@ -44,7 +44,7 @@ def main(config: WorldConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {}
     for split in SPLITS:
-        rows = [asdict(Example(q.question, q.answer, q.family)) for q in world.questions(split, families)]
+        rows = [asdict(example) for example in tinyworld(split, families, world)]
         sizes[split] = len(rows)
         write_atomically(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     articles = [json.dumps({"title": title, "text": text}) + "\n" for title, text in world.articles.items()]
