@@ -55,8 +55,11 @@ def shared():
     return VLLMEngine(BACKBONE, DEVICE, torch.float32, memory_share=0.1)
 
 
+# The largest gap of float32. Both sides round: each was seen to lie up to 6e-4 from the log-probs of float64, at a few
+# tokens where the model's attention is sharp. The weights of one update before were at least 0.07 off.
+GAP = 2e-3
 # Of an engine with an adapter. vLLM's kernels for it take no float32 on a GPU.
-LORA_DTYPE, LORA_GAP = (torch.float32, 1e-4) if DEVICE == "cpu" else (torch.bfloat16, 0.2)
+LORA_DTYPE, LORA_GAP = (torch.float32, GAP) if DEVICE == "cpu" else (torch.bfloat16, 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,7 @@ def test_greedy_trajectories_are_those_of_transformers(engine, frozen, tools, qu
 def test_logprobs_equal_the_trainers(engine, prompts, temperature):
     model, _ = load_model(BACKBONE, DEVICE)
     completions = sampled(engine, prompts, temperature)
-    assert gap(model, completions, temperature) < 1e-4
+    assert gap(model, completions, temperature) < GAP
     assert len({str(c.completion_ids) for c in completions}) > 40
     for c in completions:
         assert len(c.completion_ids) == len(c.logprobs) and c.prompt_ids
@@ -148,7 +151,7 @@ def test_the_gap_stays_closed_over_twenty_updates(engine, frozen, prompts):
                     step = torch.randn(parameter.shape, generator=noise, device=DEVICE)
                     parameter += 0.02 * parameter.std() * step
         engine.load_weights(model.state_dict().items())
-        assert gap(model, sampled(engine, prompts[:16])) < 1e-4
+        assert gap(model, sampled(engine, prompts[:16])) < GAP
         assert [c.logprobs for c in generate(engine, greedy)] != before
     assert [c.completion_ids for c in generate(frozen, greedy)] == [c.completion_ids for c in untouched]
 
