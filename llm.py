@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from transformers.utils import logging as transformers_logging
 
 from tools import UserError, find, one_line
-from tree import RowCache, Tree, TreeCache, has_trees, micro_batches, plant, use_trees
+from tree import RowCache, Tree, TreeCache, has_trees, micro_batches, old_nodes, plant, use_trees
 
 transformers_logging.set_verbosity_error()  # our own errors have one line
 transformers_logging.disable_progress_bar()  # it shows loads and saves; our own bars show what takes time
@@ -230,7 +230,8 @@ class TransformersEngine(Engine):
         before, old_tree, old_cache = self.read
         tree, cache = plant([*before, *prompts], self.model, known=len(before)), DynamicCache()
         if before and tree.nodes.max() < self.batch_tokens:
-            cache = Cache([TreeCache(tree, old_tree, layer) for layer in old_cache.layers])
+            old = old_nodes(tree, old_tree)
+            cache = Cache([TreeCache(layer, old, tree.reads) for layer in old_cache.layers])
         elif before:
             before, tree = [], plant(prompts, self.model)
         states = self.model.model(**tree.inputs, past_key_values=cache, use_cache=True).last_hidden_state

@@ -20,7 +20,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -41,9 +41,14 @@ class Example:
 # --- questions --------------------------------------------------------------------------------------------------------
 
 
+@cache
+def bundled_world() -> World:
+    return World(seed=0)
+
+
 def tinyworld(split: str, families: tuple[str, ...] = FAMILIES, world: World | None = None) -> list[Example]:
     """Questions of the bundled world, or of another one."""
-    questions = (world or World(seed=0)).questions(split, families)
+    questions = (world or bundled_world()).questions(split, families)
     return [Example(q.question, q.answer, q.family) for q in questions]
 
 
@@ -223,7 +228,7 @@ def load_corpus(task: str = "tinyworld", needed: bool = True) -> Corpus | None:
     """The articles of the bundled world, or the corpus.db of a task's folder. If there is none: `UserError` if it is
     needed, else None."""
     if task in TASKS:
-        return Corpus.from_articles(World(seed=0).articles.items())
+        return Corpus.from_articles(bundled_world().articles.items())
     path = Path(task) / "corpus.db"
     if not path.exists() and not needed:
         return None

@@ -122,18 +122,22 @@ def has_trees(model: Any) -> bool:
     return model.config._attn_implementation == "tree"
 
 
-class TreeCache(DynamicLayer):
-    """The keys and values of a layer, (1, H, N, D), by node. Those of rows that were read before are there already."""
+def old_nodes(tree: Tree, before: Tree) -> Tensor:
+    """(N,): which node each node was in an earlier tree, whose rows are the first of this one; 0 for new nodes."""
+    rows, width = before.nodes.shape
+    nodes, real = tree.nodes[:rows, :width], before.nodes >= 0
+    old = nodes.new_zeros(int(tree.nodes.max()) + 1)
+    old[nodes[real]] = before.nodes[real]
+    return old
 
-    def __init__(self, tree: Tree, before: Tree, layer: DynamicLayer):
+
+class TreeCache(DynamicLayer):
+    """The keys and values of a layer, (1, H, N, D), by node. Those of `old` nodes are there already."""
+
+    def __init__(self, layer: DynamicLayer, old: Tensor, reads: Tensor):
         super().__init__()
-        self.is_initialized, self.reads = True, tree.reads
-        real = before.nodes >= 0
-        rows, width = real.shape
-        size = int(tree.nodes.max()) + 1
-        self.keys, self.values = (x.new_zeros(*x.shape[:2], size, x.shape[3]) for x in (layer.keys, layer.values))
-        for new, old in (self.keys, layer.keys), (self.values, layer.values):
-            new[:, :, tree.nodes[:rows, :width][real]] = old[:, :, before.nodes[real]]
+        self.is_initialized, self.reads = True, reads
+        self.keys, self.values = layer.keys.index_select(2, old), layer.values.index_select(2, old)
 
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         self.keys[:, :, self.reads], self.values[:, :, self.reads] = keys, values
@@ -147,9 +151,10 @@ class RowCache(DynamicLayer):
     def __init__(self, layer: Any, nodes: Tensor, room: int):
         super().__init__()
         self.is_initialized, self.length = True, nodes.shape[1]
-        # (1, H, N, D) -> (B, H, S + room, D)
-        rows = (x.transpose(0, 1).flatten(1, 2)[:, nodes].transpose(0, 1) for x in (layer.keys, layer.values))
-        self.keys, self.values = (pad(x, (0, 0, 0, room)) for x in rows)
+        nodes = pad(nodes, (0, room)).clamp(min=0)  # (B, S + room)
+        by_node = (x.transpose(0, 1).flatten(1, 2) for x in (layer.keys, layer.values))  # (H, N, D)
+        rows = (x.index_select(1, nodes.flatten()).unflatten(1, nodes.shape) for x in by_node)  # (H, B, S + room, D)
+        self.keys, self.values = (x.transpose(0, 1) for x in rows)
 
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         self.keys[:, :, self.length : self.length + 1], self.values[:, :, self.length : self.length + 1] = keys, values
