@@ -5,7 +5,8 @@ question's turns share (instructions, tools, question, analysis) and end with th
 Parsers accept what models really write: thinking first, JSON, headings, bold labels, code fences, trailing chatter. If
 a parser fails, the model's mistake becomes the result of that turn, and the next turn can react to it.
 
-Only the planner is trained. All other modules go through `env.ask`, a frozen model with the initial weights.
+Only the planner is trained. All other modules go through `env.ask`, a frozen model: the initial weights, unless
+--frozen_model names others.
 """
 
 import asyncio
@@ -56,14 +57,14 @@ class Memory:
     question: str
     analysis: str = ""
     steps: list[Step] = field(default_factory=list)
-    result_chars: int = 400  # longer results are cut in the middle, with a mark
+    result_chars: int = 400  # longer results and commands are cut in the middle, with a mark
 
     def render(self) -> str:
         return "".join(self._render_step(n, step) for n, step in enumerate(self.steps, start=1))
 
     def _render_step(self, n: int, step: Step) -> str:
-        result = cut_middle(step.result, self.result_chars)
-        text = MEMORY_STEP.format(n=n, sub_goal=step.sub_goal, tool=step.tool, command=step.command, result=result)
+        command, result = (cut_middle(text, self.result_chars) for text in (step.command, step.result))
+        text = MEMORY_STEP.format(n=n, sub_goal=step.sub_goal, tool=step.tool, command=command, result=result)
         return text + MEMORY_VERDICT.format(verdict=step.verdict) if step.verdict else text
 
 
@@ -348,7 +349,7 @@ class AgentSystem:
     """The engines and tools that solve questions. Training, evaluation and benchmarks all use it."""
 
     planner: Any  # the engine of the trained policy
-    frozen: Any  # the engine of the initial weights: analyst, executor, verifier, generator, the tools' model
+    frozen: Any  # the engine of analyst, executor, verifier, generator, the tools' model
     corpus: Any  # the articles that Search looks into
     sandbox: Any  # where the programs of Python_Coder run
     max_turns: int = 4
@@ -394,7 +395,7 @@ class AgentSystem:
             return await complete("planner", self.planner, prompt, self.temperature, turn_seed)
 
         async def ask(role: str, prompt: str) -> str:
-            return (await complete("frozen", self.frozen, prompt, temperature=0.0)).text
+            return reply((await complete("frozen", self.frozen, prompt, temperature=0.0)).text)  # without its thinking
 
         env = ToolEnv(ask, self.corpus, self.sandbox, self.tools)
         trajectory = await self.solve(question, planner, env, self.max_turns, self.result_chars)

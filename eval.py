@@ -29,7 +29,7 @@ from tasks import Example, load_corpus, load_examples
 from team import team
 from tools import TOOLS, UserError, find, find_tools
 
-# --- the command line of every script ---------------------------------------------------------------------------------
+# --- the command line of the scripts that have a config ---------------------------------------------------------------
 
 
 def setting(default: Any, help: str, group: str = "", low: float = 0, high: float = 1e9) -> Any:
@@ -61,7 +61,7 @@ class Flags(HfArgumentParser):
 
 ADVICE = {
     ModuleNotFoundError: "; pip install -r requirements-gpu.txt brings vLLM, LoRA and 8-bit Adam",
-    torch.OutOfMemoryError: "; --lora_rank 16, --optimizer adamw8bit, a smaller --micro_batch_tokens take less memory",
+    torch.OutOfMemoryError: "; train.py has --lora_rank, --optimizer adamw8bit and --micro_batch_tokens against it",
 }
 
 
@@ -115,7 +115,7 @@ class SystemConfig(Ranged):
     tools: list[str] = setting(list(TOOLS), "tools on offer, in this order; one of your own is module.function")
     max_turns: int = setting(4, "* turn budget of a question", low=1)
     max_tokens: int = setting(64, "* tokens of one completion, at most", low=1)
-    result_chars: int = setting(400, "characters of a tool result in the memory; longer ones are cut", low=1)
+    result_chars: int = setting(400, "characters of a result or command in the memory; longer ones are cut", low=1)
     enable_thinking: bool = setting(True, "whether a model like Qwen3 thinks before it writes; that takes more tokens")
     temperature: float = setting(1.0, "sampling temperature of the planner, in rollouts, loss and evaluation")
     reward: str = setting("judge.rules", "module.function of the reward, such as lab.judge_llm.reward")

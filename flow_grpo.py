@@ -85,10 +85,10 @@ def token_logprobs(
     """log pi(a_j | s, a_<j) of each completion token: logprobs (B, T), mask (B, T), entropy (B, T, without gradient).
 
     The policy is the softmax of logits / temperature, as in the sampler. The model must be a causal one of transformers
-    whose logits are `lm_head` of the last hidden state (Qwen, Llama, Mistral; not Gemma 2, which caps its logits).
+    whose logits are `lm_head` of the last hidden state (Qwen, Llama, Mistral; `load_model` refuses others).
 
-    Rows that begin alike run as a tree (tree.py). The log-prob of a token is the one of its node, as its parent's state
-    predicts it. Rows that share the node share this number.
+    Rows that begin alike run as a tree (tree.py). A token takes the log-prob of its node, which the state of the parent
+    node predicts. Rows that share the node share this number.
     """
     if not all(prompt_ids) or not all(completion_ids):
         raise ValueError("a row has an empty prompt or an empty completion")

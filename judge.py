@@ -7,8 +7,8 @@
     math     math_judge    in lab/judges.py: the same as text, else equal as mathematics
     game24   game24_judge  in lab/judges.py: any expression that has each given number once and equals 24
 
-A row of a task may name another rule as its kind, such as my_rules.date_judge. (The name must end in _judge, so that a
-data file cannot call just any function.) `--reward` replaces `rules` as a whole: see `score`.
+A row of a task may name another rule as its kind, such as my_rules.date_judge. (The name must end in _judge. A kind
+imports its module: read the kinds of a file that you do not trust.) `--reward` replaces `rules`: see `score`.
 
 `rule_judge` compares the *whole* prediction with each accepted answer and never looks for one inside the other. So it
 needs no list of tricks. All of these earn 0: several candidates ("Paris or London"), a sentence that contains the

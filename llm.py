@@ -6,6 +6,7 @@ The agent and the trainer use an engine through these methods (train.py knows a 
     engine.generate_batch(list)     -> a `Completion` for each `Request`, in order; or, if the engine batches by itself,
     await engine.generate(request)  -> a `Completion`; requests run together as they come
     engine.load_weights(weights)    takes new weights (name, tensor), and drops everything cached from the old ones
+    engine.forget()                 drops what was read in a rollout, if the engine keeps anything
     engine.sleep()                  gives memory back to the trainer, until the next `load_weights`
 
     TransformersEngine   in this process, on CPU, CUDA or MPS; repeats bit for bit on a CPU
@@ -80,6 +81,9 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
         tokenizer = AutoTokenizer.from_pretrained(path)
         assert not found["missing_keys"], f"its weights lack {', '.join(found['missing_keys'])}"  # they would be random
         assert tokenizer("a")["input_ids"] and model.model and model.lm_head, "its tokenizer knows no words"
+        for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"):  # Granite, Cohere, Gemma 2
+            changed = getattr(model.config.get_text_config(), name, None) not in (None, 1)
+            assert not changed, f"its {name} changes the logits of lm_head, which are used here as they are"
         use_trees(model)
         model.to(device)
     except torch.OutOfMemoryError:
@@ -156,12 +160,12 @@ class TransformersEngine(Engine):
         super().__init__(tokenizer, self.model.generation_config, config.max_position_embeddings, thinking)
         if lora_rank:  # `load_weights` will fill it with the policy's adapter
             add_adapter(self.model, lora_rank)
-        # Of requests that run together: prompts and completions, padding included.
+        # The most tokens of requests that run together: prompts and completions, with padding.
         self.batch_tokens = batch_tokens or (65536 if device == "cuda" else 32768)
         self.forget()
 
     def forget(self) -> None:
-        """Drop the prompts that were read, with keys and values. Each rollout ends so, as a resumed run has none."""
+        """Drop the prompts that were read, with keys and values: a resumed run has none, so no rollout may."""
         self.read = [], None, None  # prompts, their tree, their cache
 
     def load_weights(self, weights: Iterable) -> None:
@@ -225,8 +229,8 @@ class TransformersEngine(Engine):
         return [self.complete(list(r.prompt_ids), *row) for r, *row in zip(requests, sampled, logprobs)]
 
     def _read(self, prompts: list[tuple]) -> tuple[Tree, Cache, Tensor]:
-        """(tree, cache of its nodes, states (M, D) of the nodes read now). The prompts of one rollout go on from each
-        other, a memory being append-only: what earlier ones hold is not read again, as long as the cache has room."""
+        """(tree, cache of its nodes, states (M, D) of the nodes read now). A memory only grows, so the later prompts of
+        a rollout continue earlier ones. What these hold is not read again, as long as the cache has room."""
         before, old_tree, old_cache = self.read
         tree, cache = plant([*before, *prompts], self.model, known=len(before)), DynamicCache()
         if before and tree.nodes.max() < self.batch_tokens:

@@ -79,7 +79,7 @@ def extract_code(text: str) -> str:
 ENVIRONMENT = {"TMPDIR": "."}  # all that a program inherits
 SCRATCH = "nano-agentflow-sandbox-"  # how the name of a scratch folder begins
 SCRATCH_MB = 8  # of one file
-MAX_OUTPUT = 1 << 20  # bytes that a program may print: the exit code of one that is killed for it says nothing
+MAX_OUTPUT = 1 << 20  # bytes that a program may print; one that prints more is killed, and its exit code says nothing
 START_TIMEOUT_S = 60  # a busy machine is slow to start; the program's own clock begins when the sandbox is READY
 READY = b"ready\n"
 
@@ -153,7 +153,7 @@ def remove_abandoned_folders() -> None:
 class Sandbox:
     """Runs Python source in a separate, limited, killable process."""
 
-    LEVELS = {  # strongest first, each with what it leaves in reach of the program beside what no level closes
+    LEVELS = {  # strongest first; the text says what a program still reaches, besides what no level closes
         "bubblewrap": "",
         "namespaces": "the files that {user} may read or write",
         "process": "the network, and the files and processes of {user}",
@@ -162,7 +162,7 @@ class Sandbox:
     def __init__(self, timeout_s: float = 5.0, memory_mb: int = 512, output_chars: int = 2000, level: str = "auto"):
         self.timeout_s, self.memory_mb, self.output_chars = timeout_s, memory_mb, output_chars
         remove_abandoned_folders()
-        # Of each event loop, as one sandbox serves several asyncio.run: a semaphore, and the programs that run.
+        # One sandbox serves several asyncio.run. So each event loop has its own semaphore and its own running programs.
         self._slots, self._running = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()
         self.level, self.command = self._choose(list(self.LEVELS) if level == "auto" else [level])
 
@@ -241,9 +241,10 @@ class Sandbox:
             while await process.stdout.read(65536):  # ends when no process can write to it any more
                 pass
             await process.wait()
+            # If we are process 1 of a container, orphans become our children, and stay as zombies until we wait.
             for orphans in (-process.pid, *map(int, children)):  # its group, then those that may have left it
                 with contextlib.suppress(ChildProcessError):  # no more of them are ours
-                    while True:  # they are if we are process 1 of a container, and stay until we wait for them
+                    while True:
                         os.waitpid(orphans, os.WNOHANG)
                         await asyncio.sleep(0.001)
 

@@ -155,9 +155,9 @@ def keep_steps(path: Path, done: int) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".new")
-    partial.write_text(text)
-    partial.rename(path)
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.rename(path)
 
 
 def parse(line: bytes) -> Any:
@@ -258,18 +258,18 @@ def index(articles: Path, path: Path) -> int:
         raise UserError(f"{path} is the file of articles itself: name another file for the corpus")
     if path.exists() and not (path.is_file() and path.read_bytes()[:13] == b"SQLite format"):
         raise UserError(f"{path} is no corpus: name another file, or remove it")
-    partial = Path(f"{path}.partial-{os.getpid()}")
+    unfinished = Path(f"{path}.partial-{os.getpid()}")
     rows = (at(place, read_article, row) for place, row in read_lines(articles))
     try:
-        corpus = Corpus.from_articles(rows, str(partial))
+        corpus = Corpus.from_articles(rows, str(unfinished))
         count = len(corpus)
         if not count:
             raise UserError(f"{articles} holds no articles")
         corpus.connection.close()
-        partial.replace(path)
+        unfinished.replace(path)
         return count
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,8 +2,8 @@
 
 Each process has its own engines, and its own copy of the policy (with --shard, a part of it). It samples a share of the
 questions, judges a share of the answers, and computes the gradient of a share of the rows. After each of these parts,
-`gather` and `add_gradients` give all processes the whole result. So a step is the same, whatever the number of
-processes.
+`gather` and `add_gradients` give all processes the whole result. So a step is the same up to rounding, whatever
+the number of processes.
 """
 
 import functools

@@ -62,7 +62,7 @@ class Config(SystemConfig):
     updates_per_step: int = setting(2, "optimizer steps per rollout batch; the clip acts from the second on", low=1)
     clip_low: float = setting(0.2, "epsilon of the clip below a ratio of 1 (Eq. 5)", high=1)
     clip_high: float = setting(0.2, "epsilon of the clip above a ratio of 1 (Eq. 5); the authors ran 0.3")
-    dual_clip: float = setting(0.0, "bound c of the loss for A < 0, as the authors ran it: 3; 0: no bound")
+    dual_clip: float = setting(0.0, "bound c of the loss for A < 0, above 1 (the authors ran 3); 0: no bound")
     kl_coef: float = setting(0.001, "* beta, weight of the KL to the initial policy (Eq. 5)")
     aggregation: Literal["paper", "token-mean"] = setting(
         "paper", "means in the loss; paper: trajectories, turns, tokens; token-mean: all tokens, as the authors ran it"
@@ -71,7 +71,7 @@ class Config(SystemConfig):
     tis_cap: float = setting(0.0, "cap of the importance weights trainer / sampler; 0: no such weights")
     # the trainer at real size
     micro_batch_tokens: int = setting(
-        2048, "different tokens of one forward and backward pass", group="the trainer at real size", low=1
+        2048, "tokens of a forward and backward pass; shared ones count once", group="the trainer at real size", low=1
     )
     dtype: Literal["auto", "float32", "mixed", "float16", "bfloat16"] = setting(
         "auto",
@@ -87,9 +87,9 @@ class Config(SystemConfig):
 
 def main(config: Config) -> None:
     if config.temperature < 0.01:
-        raise UserError(
-            f"--temperature {config.temperature}: greedy rollouts are equal, so there is nothing to compare"
-        )
+        raise UserError(f"--temperature {config.temperature}: greedy rollouts are equal: there is nothing to compare")
+    if 0 < config.dual_clip <= 1:
+        raise UserError(f"--dual_clip {config.dual_clip}: must be above 1, or failures have no gradient; 0: no bound")
     run = Path(config.run_dir or f"runs/{Path(config.task).name}-seed{config.seed}")
     train_set = load_examples(config.task, "train")
     dev_set = load_examples(config.task, "dev", config.dev_questions)
@@ -340,7 +340,7 @@ class Precision:
     device: str
     weights: torch.dtype  # of the trained model
     engine: torch.dtype  # of the engines and the reference policy
-    arithmetic: torch.dtype  # of the trained model's forward and backward passes, whatever its weights
+    arithmetic: torch.dtype  # what autocast computes in. float32: no autocast, so the format of the weights
     scaler: GradScaler  # of the loss: small gradients would be 0 in float16. In other formats it does nothing
 
     def autocast(self) -> torch.autocast:
@@ -473,7 +473,7 @@ def report(run: Path) -> None:
 
 
 def start_run(run: Path, config: Config) -> None:
-    """Make the folder, or check that the run in it has the same flags. Until a run has a line of metrics, there is
+    """Make the folder, or check that the run in it has the same flags. Until a run has a log of metrics, there is
     nothing to lose, so you may start it again with other flags. This process locks the folder until it ends."""
     path = run / "config.json"
     run.mkdir(parents=True, exist_ok=True)
@@ -538,6 +538,8 @@ def whole(path: Path) -> Iterator[None]:
     """If somebody has changed a file of the run, say so in one line."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise UserError(f"{path} is damaged ({error!r}): restore it, or remove the folder of the run") from error
 

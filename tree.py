@@ -43,8 +43,9 @@ class Tree:
 
 def plant(rows: list, model: torch.nn.Module, known: int = 0) -> Tree:
     """The tree of B rows (lists or tuples of token ids), of which the longest has S tokens. A cache holds the first
-    `known` rows already, so the pass leaves their nodes out, except the last node of each other row. For a model
-    without tree attention the rows stay apart, padded on the right: under its causal mask no token sees a pad."""
+    `known` rows already, so the pass leaves their nodes out, except each node at which one of the other rows ends. For
+    a model without tree attention the rows stay apart, padded on the right: under its causal mask no token sees a pad.
+    """
     if not has_trees(model):
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)  # (B, S)
         nodes = torch.arange(ids.numel()).view_as(ids).masked_fill(ids < 0, -1)  # (B, S)

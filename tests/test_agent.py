@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 import agent
-from agent import Memory, PlanError, Step, cut_middle, parse_answer, parse_plan, parse_verdict, solve
+from agent import AgentSystem, Memory, PlanError, Step, cut_middle, parse_answer, parse_plan, parse_verdict, solve
 from llm import Completion
 from sandbox import Sandbox
 from tasks import load_corpus
@@ -139,6 +139,8 @@ def test_long_results_are_cut_in_the_middle_with_a_mark():
     assert cut_middle("abcdefgh", 5) == "abc [... 3 characters cut ...] gh"
     memory = Memory("q", steps=[Step("g", "Search", "c", text)], result_chars=100)
     assert "900 characters cut" in memory.render() and memory.steps[0].result == text
+    rambling = Memory("q", steps=[Step("g", "Search", text, "Error: no call")], result_chars=100)
+    assert "900 characters cut" in rambling.render()
 
 
 class Script:
@@ -166,6 +168,27 @@ def run(script, question="Who is the mayor?", env=None, **options):
 
 
 CONTINUE, STOP = "Conclusion: CONTINUE", "Conclusion: STOP"
+
+
+def test_no_prompt_holds_what_a_frozen_module_has_thought(tools_env):
+    class Thinker:
+        def __init__(self):
+            self.prompts = []
+
+        def encode(self, prompt):
+            return (prompt,)
+
+        def generate_batch(self, requests):
+            self.prompts += [request.prompt_ids[0] for request in requests]
+            plan = PLAIN.replace("Search", "Base_Generator")
+            said = {True: plan, False: '<think>Hm, hm.</think>Base_Generator(query="x")'}
+            texts = [said["one step at a time" in request.prompt_ids[0]] for request in requests]
+            return [Completion(["p"], ["c"], [0.0], text, "stop", (1, 1)) for text in texts]
+
+    engine = Thinker()
+    ((trajectory,),) = AgentSystem(engine, engine, *tools_env, max_turns=2).rollout(["Who?"], 1, (0,))
+    assert trajectory.memory.steps[1].tool == "Base_Generator" and trajectory.memory.analysis.startswith("Base_")
+    assert len(engine.prompts) > 8 and not any("Hm" in prompt for prompt in engine.prompts)
 
 
 def test_solve_is_algorithm_1(tools_env):

@@ -229,6 +229,7 @@ SENSELESS = {
     "no update": (TRAIN, "--updates_per_step 0", "--updates_per_step 0"),
     "greedy training": (TRAIN, "--temperature 0", "nothing to compare"),
     "nearly greedy training": (TRAIN, "--temperature 1e-300", "--temperature"),
+    "a bound that stops learning from failures": (TRAIN, "--dual_clip 1", "--dual_clip 1.0: must be above 1"),
     "a clip above one": (TRAIN, "--clip_low 1.5", "--clip_low"),
     "more than the GPU": (TRAIN, "--engine_memory 1.5", "--engine_memory"),
     "equal trials": (BENCHMARK, "--trials 2 --temperature 0", "are all the same"),
@@ -318,6 +319,7 @@ NAMES = {
     "tool that is a module": "--tools os.path",
     "tool that does not wait": "--tools json.dumps",
     "tool without a description": "--tools my_own.silent",
+    "tool whose arguments have no names": "--tools my_own.total",
     "tool of a file that has an error": "--tools my_broken.Tool",
     "tool twice": "--tools Base_Generator Base_Generator",
     "reward": "--reward nonsense",
@@ -348,7 +350,8 @@ def test_a_name_that_is_not_there(refuses, tmp_path, monkeypatch, script, words)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("my_own", "my_broken"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    (tmp_path / "my_own.py").write_text("async def silent(env, query: str):\n    return query\n")
+    total = 'async def total(env, *numbers: int):\n    """Adds numbers."""\n    return str(sum(numbers))\n'
+    (tmp_path / "my_own.py").write_text(f"async def silent(env, query: str):\n    return query\n\n\n{total}")
     (tmp_path / "my_broken.py").write_text("def Tool(:\n")
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     bad = re.split("[= ]", words)[-1]

@@ -1,6 +1,9 @@
 """The engine on the bundled backbone: exact log-probs, seeds, EOS, batching that changes nothing, lockstep."""
 
 import asyncio
+import contextlib
+import json
+import shutil
 from dataclasses import replace
 from itertools import islice
 
@@ -397,6 +400,17 @@ def test_a_folder_that_is_no_model(tmp_path):
     (tmp_path / "config.json").write_text((BACKBONE / "config.json").read_text())
     with pytest.raises(UserError, match="cannot load .*no file named model.safetensors"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["logits_scaling", "logit_scale", "final_logit_softcapping"])
+def test_a_model_that_changes_its_logits(tmp_path, name):
+    """Granite, Cohere and Gemma 2: sampler and trainer would agree on another policy than the model's."""
+    shutil.copytree(BACKBONE, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for value, refused in ((1.0, False), (30.0, True)):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(UserError, match=f"its {name} changes") if refused else contextlib.nullcontext():
+            load_model(tmp_path / "model")
 
 
 def test_devices():

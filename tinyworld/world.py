@@ -91,7 +91,7 @@ OPERATIONS = {
 }
 
 FAMILIES = ("lookup", "two-hop", "three-hop", "difference", "earlier", "arithmetic")
-HARD_FAMILIES, HARD_TURNS = ("four-hop", "five-hop", "distractor", "joined"), 7  # with the turn budget of these
+HARD_FAMILIES, HARD_TURNS = ("four-hop", "five-hop", "distractor", "joined"), 7  # and their turn budget
 HOPS = {"lookup": 1, "two-hop": 2, "three-hop": 3, "four-hop": 4, "five-hop": 5, "distractor": 3}  # length of a chain
 SPLITS = {"train": 4000, "dev": 200, "test": 500}
 

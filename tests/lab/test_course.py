@@ -63,6 +63,15 @@ def test_all_other_files_are_the_projects(kit):
     assert {f"{path.stem}.py" for path in ROOT.glob("*.py")} <= {path.name for path in kit.iterdir()}
 
 
+def test_a_kit_has_what_a_run_needs(kit):
+    """The scripts of the lab that the core names, except those of a flag that no page of the course mentions."""
+    named = {module for path in ROOT.glob("*.py") for module in re.findall(r'find\("lab\.(\w+)\.', path.read_text())}
+    flags = {"http_engine", "vllm_engine", "torchrun", "track"}
+    assert named - flags >= {"ask", "curves", "paired"} and flags < named
+    assert all((kit / "lab" / f"{module}.py").exists() for module in named - flags)
+    assert "lab.report" in (kit / "walkthrough.md").read_text() and (kit / "lab" / "live.html").exists()
+
+
 def test_a_folder_with_files_is_refused(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="not empty"):
