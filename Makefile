@@ -11,7 +11,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest
 
-# The paper's analyses in small, and a page of them: paper/index.html. QUICK=1 takes 10 minutes instead of 85.
+# The paper's analyses in small, and a page of them: paper/index.html. QUICK=1 takes 10 minutes instead of 76.
 paper: $(VENV)/installed
 	$(VENV)/bin/python -m lab.paper $(if $(filter-out 0,$(QUICK)),--quick)
 

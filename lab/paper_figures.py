@@ -58,14 +58,14 @@ def point(x: Any, by_seed: dict[int, Sums], share: bool = True) -> dict:
     return {"x": x, "y": average, "low": low, "high": high, "n": n, "seeds": seeds}
 
 
-# Of Student's distribution, by the number of differences: 95 % of its mass lies within so many standard errors.
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+# Student's t, by the number of differences: 95 % of its mass lies within so many standard errors.
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 11: 2.23, 12: 2.20}
 
 
 def paired_point(x: str, by_seed: dict[int, float]) -> dict:
     """The mean of differences, one for each seed, with its 95 % interval. A single difference has none."""
     values = list(by_seed.values())
-    half = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    half = STUDENT[min(len(values), max(STUDENT))] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     middle = mean(values)
     return {"x": x, "y": middle, "low": middle - half, "high": middle + half, "n": len(values), "seeds": by_seed}
 
@@ -107,13 +107,13 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def with_interval(middle: float, low: float, high: float, digits: int = 1) -> str:
-    return f"{middle:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+def with_interval(middle: float, low: float, high: float) -> str:
+    return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def paired_text(paired: dict, digits: int = 1) -> str:
+def paired_text(paired: dict) -> str:
     """What `lab.paired.paired` has found, in points."""
-    return with_interval(*(100 * x for x in (paired["difference"], *paired["interval"])), digits)
+    return with_interval(*(100 * x for x in (paired["difference"], *paired["interval"])))
 
 
 # --- the main result and how the planner was trained ------------------------------------------------------------------
@@ -170,7 +170,7 @@ def imitation_table(records: Records) -> Table:
             [r["accuracy"] for r in last], [r["tool_shares"]["Search"] for r in last], [r["invented"] for r in last],
             [r["tool_error_rate"] for r in last], [r["truncated_turns"] for r in last],
         )]  # fmt: skip
-        cells.insert(3, ", ".join(paired_text(r["paired"], digits=0) for r in last))
+        cells.insert(3, ", ".join(paired_text(r["paired"]) for r in last))
         rows.append([way, *cells, f"{mean(r['kl'] for r in last):.2f}", WAYS[way].hypothesis])
     return rows
 
@@ -230,7 +230,7 @@ def conclusion(gap: dict) -> str:
     if clear(gap):
         agree = sum(value * gap["y"] > 0 for value in gap["seeds"].values())
         return f"It learns {how} here, in {agree} of {n} seeds. Where it ends after more steps is not shown."
-    return f"No effect is shown: {n} seeds cannot see one below about {half:.0f} points."
+    return f"No effect is shown: with {n} seeds as noisy as these, a difference has to exceed about {half:.0f} points."
 
 
 def clear(gap: dict) -> bool:

@@ -1,7 +1,7 @@
 """Variants of Flow-GRPO, as other papers or the authors' code would have it: each is an edit of a few lines.
 
-In `PATCHES` stands a function that takes the place of one of train.py's for the time of a run, in `FLAGS` flags of
-train.py that a variant sets. `lab/paper.py` runs them beside the baseline and shows each edit next to its curve.
+`PATCHES` maps a variant to the function that takes the place of one of train.py's during a run. `FLAGS` maps it to the
+flags that it sets. `lab/paper.py` runs them beside the baseline and shows each edit next to its curve.
 """
 
 import random

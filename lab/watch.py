@@ -25,12 +25,16 @@ def means(rewards: list[float]) -> list[float]:
     return [mean(rewards[end - WINDOW : end]) for end in range(WINDOW, len(rewards) + 1)]
 
 
+def fell(recent: float, best: float) -> bool:
+    return recent < (1 - DROP) * best
+
+
 def stop_at(rewards: list[float]) -> int | None:
     """The first step at which the rule stops a run, given the reward of each step."""
     best = 0.0
     for step, recent in enumerate(means(rewards), start=WINDOW):
         best = max(best, recent)
-        if recent < (1 - DROP) * best:
+        if fell(recent, best):
             return step
     return None
 
@@ -40,12 +44,11 @@ def append_and_watch(path: Path, *rows: dict) -> None:
     append(path, *rows)
     if path.name == "metrics.jsonl":
         log = read_kept(path, dict, "is damaged ({error}): mend or remove it")
-        rewards = [row["reward"] for row in log if "reward" in row]
-        if step := stop_at(rewards):
-            recent, best = means(rewards)[-1], max(means(rewards))
+        recent = means([row["reward"] for row in log if "reward" in row])
+        if recent and fell(recent[-1], max(recent)):
             raise UserError(
-                f"stopped at step {step}: the mean reward of the last {WINDOW} steps is {recent:.2f} after {best:.2f}; "
-                f"{path.parent / 'checkpoint'} is the last one saved"
+                f"stopped at step {log[-1]['step']}: the mean reward of the last {WINDOW} steps is {recent[-1]:.2f} "
+                f"after {max(recent):.2f}; {path.parent / 'checkpoint'} is the last one saved"
             )
 
 

@@ -18,6 +18,15 @@ def test_the_rule():
     assert stop_at([0.2, 0.9] * 40) is None  # noise around a mean
 
 
+def test_a_run_that_has_recovered_goes_on(tmp_path):
+    """The rule looks at the last ten steps. A log that was written without it may hold an earlier fall."""
+    earlier = [{"step": n, "reward": r} for n, r in enumerate([0.8] * 10 + [0.0] * 10 + [0.8] * 10, start=1)]
+    path = tmp_path / "metrics.jsonl"
+    watch.append_and_watch(path, *earlier, {"step": 31, "reward": 0.8})
+    with pytest.raises(UserError, match="stopped at step 34: the mean reward of the last 10 steps is 0.56 after 0.80"):
+        watch.append_and_watch(path, *({"step": n, "reward": 0.0} for n in (32, 33, 34)))
+
+
 def test_a_run_that_falls_keeps_its_checkpoint(tmp_path, monkeypatch):
     """With a window of one step, a run whose second reward is lower ends there, and its first checkpoint stays."""
     monkeypatch.setattr(watch, "WINDOW", 1)
