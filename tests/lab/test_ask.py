@@ -1,7 +1,7 @@
 """One question from the command line: every module's text as it comes, in colour only on a terminal."""
 
 import io
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -53,9 +53,14 @@ def test_colours(monkeypatch, capsys, terminal, no_color, expected):
     assert out.startswith("\x1b[36mplanner") == expected and "\x1b[2J" not in out and "\\x1b[2J" in out
 
 
-def test_the_command():
-    command = [sys.executable, "agent.py", "What is 914 - 79?", "--max_turns", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "What is 914 - 79?" in done.stdout and "planner  turn 1: " in done.stdout
-    done = subprocess.run([*command, "--planer", "x"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "agent.py: unknown: --planer x; --help lists every flag\n")
+def test_the_command(monkeypatch, capsys):
+    command = ["agent.py", "What is 914 - 79?", "--max_turns", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(ROOT / "agent.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "What is 914 - 79?" in out and "planner  turn 1: " in out
+    monkeypatch.setattr(sys, "argv", [*command, "--planer", "x"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "agent.py"), run_name="__main__")
+    error = "agent.py: unknown: --planer x; --help lists every flag\n"
+    assert (stopped.value.code, capsys.readouterr().err) == (2, error)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -151,10 +152,12 @@ def out(tmp_path_factory):
     """All runs of the tiny scale: one of each kind is real, the others are given its record."""
     out = tmp_path_factory.mktemp("paper")
     runs, folder, records = by_id(TINY), out / "runs-tiny", {}
-    for name in ("main", "imitation-peer", "turn-budget", "gspo", "three-families", "other-families"):
-        run = runs[f"{name}-seed0"]
-        do(run, folder / run.id, fingerprint(run, runs))
-        records[run.work] = json.loads((folder / run.id / "record.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper_runs, "BUDGETS", (1, 4, 5))  # the figure's claims are about the first, 4, and the last
+        for name in ("main", "imitation-peer", "turn-budget", "gspo", "three-families", "other-families"):
+            run = runs[f"{name}-seed0"]
+            do(run, folder / run.id, fingerprint(run, runs))
+            records[run.work] = json.loads((folder / run.id / "record.json").read_text())
     for run in runs.values():
         if not (folder / run.id).exists():
             (folder / run.id).mkdir()
@@ -167,13 +170,19 @@ def out(tmp_path_factory):
     return out
 
 
+def test_a_reward_counts_each_question_once():
+    rollouts = [{"question": question, "reward": reward} for question in "ab" for reward in (1.0, 0.0, 0.0, 1.0)]
+    rollouts[0]["reward"] = 0.0
+    assert paper_runs.means_of_groups(rollouts) == [0.25, 0.5]
+
+
 def test_a_run_uses_its_variant(out):
     """And the function that it replaced is back afterwards."""
     assert train.flow_grpo_loss is flow_grpo_loss
     config = json.loads((out / "runs-tiny" / "gspo-seed0" / "run" / "config.json").read_text())
     assert (config["task"], config["clip_high"]) == ("tinyworld-hard", 0.04)
     steps = json.loads((out / "runs-tiny" / "gspo-seed0" / "record.json").read_text())["data"]["steps"]
-    assert [step["step"] for step in steps] == [1, 2] and steps[0]["reward"][0] == 4
+    assert [step["step"] for step in steps] == [1, 2] and steps[0]["reward"][0] == 2  # questions
 
 
 def test_stopped_and_started_again_no_finished_run_is_repeated(out, tmp_path):
@@ -208,6 +217,7 @@ def test_stopped_and_started_again_no_finished_run_is_repeated(out, tmp_path):
 
 def test_a_run_of_other_code_is_made_again(out, tmp_path, monkeypatch):
     shutil.copytree(out, tmp_path / "paper")
+    monkeypatch.setattr(paper_runs, "time", SimpleNamespace(time=time.time, sleep=lambda seconds: None))
     monkeypatch.setitem(variants.PATCHES, "last-turn", ("broadcast_to_turns", fading_credit))
     again = []
     process = SimpleNamespace(poll=lambda: 0, returncode=0)
@@ -233,11 +243,14 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_a_run_that_fails_says_why(out, tmp_path):
+def test_a_run_that_fails_says_why(out, tmp_path, monkeypatch):
+    """A shell script takes the place of Python, whose start takes seconds."""
     shutil.copytree(out, tmp_path / "paper")
-    folder = tmp_path / "paper" / "runs-tiny" / "gspo-seed0"
-    (folder / "record.json").unlink()
-    (folder / "made_by").unlink()
+    (tmp_path / "paper" / "runs-tiny" / "gspo-seed0" / "record.json").unlink()
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho Loading >&2\necho "paper.py: $4 was not made by lab.paper" >&2\nexit 2\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(UserError, match=r"gspo-seed0 failed \(.*not made by lab.paper.*gspo-seed0.log has more"):
         do_all(tmp_path / "paper", TINY)
 
@@ -284,7 +297,8 @@ def test_a_difference_is_clear_if_its_interval_excludes_zero():
     assert (point["y"], point["low"], point["high"]) == pytest.approx((-12, -12 - half, -12 + half))
     assert paper_figures.conclusion(point).startswith("It learns more slowly here, in 3 of 3 seeds.")
     spread = paper_figures.paired_point("x", {0: -10.0, 1: 2.0, 2: 4.0})
-    assert paper_figures.conclusion(spread) == "No effect is shown: 3 seeds cannot see one below about 19 points."
+    needed = "No effect is shown: with 3 seeds as noisy as these, a difference has to exceed about 19 points."
+    assert paper_figures.conclusion(spread) == needed
     single = paper_figures.paired_point("x", {0: 50.0})
     assert "Nothing" in paper_figures.conclusion(single) and not paper_figures.clear(single)
     data = {"panels": [paper_figures.panel("", "", {paper_figures.GAIN: [point, spread]}, False)]}
@@ -373,6 +387,8 @@ def test_sentences_follow_from_the_numbers():
     assert "+40.0 points, clear" in clear and "the other direction here. A possible reason: Other data." in clear
     agrees = paper.sentence(data([0.5, 0.52], [0.9, 0.92], 100), claim)
     assert agrees.endswith("Paper: -19.0 points; the same direction here.")
+    alone = paper.sentence(data([0.5], [0.9], 100), claim)
+    assert "one seed does not show the noise" in alone and alone.endswith("the same direction here (one seed).")
     assert "not clear" in paper.sentence(data([0.5], [0.6], 20), claim)  # the intervals overlap
     assert "not clear" in paper.sentence(data([0.5, 0.7], [0.6, 0.3], 4000), claim)  # the seeds overlap
     assert paper.sentence(data([0.5], [0.6], 20), paper.Claim(("a", "all"), ("c", "all"))) == ""

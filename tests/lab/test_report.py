@@ -24,6 +24,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from agent import Memory, Step, Trajectory, Turn
+from lab import report
 from lab.pretrain import BACKBONE
 from lab.report import LivePage, main, make_page, token_texts
 from tasks import Example
@@ -95,7 +96,8 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             text = {"text": "\r" if key == "Enter" else key} if kind == "keyDown" and key in ("Enter", "j", "k") else {}
             self.call("Input.dispatchKeyEvent", type=kind, key=key, **text)
-        time.sleep(0.2)  # a changed address is seen a moment later; it may even load the page anew
+        # A changed address is seen a moment later; it may even load the page anew. These two keys change none.
+        time.sleep(0.02 if key in ("Tab", "ArrowRight") else 0.2)
 
     def complaints(self) -> list:
         """Console messages, errors, dialogs, and requests for anything but the page itself."""
@@ -515,7 +517,7 @@ def test_bad_input_is_one_line(small, tmp_path, monkeypatch, capsys, spoil, said
 def served(run: Path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), LivePage)
     server.run = run
-    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield server.server_port
     server.shutdown()
     server.server_close()
@@ -643,8 +645,17 @@ def until_new(browser, question: str) -> None:
     until(browser, f"!window.old && document.readyState === 'complete' && {NEWEST}.includes('{question}')")
 
 
+@pytest.fixture
+def eager(tmp_path, monkeypatch):
+    """The page asks its server ten times as often."""
+    text = report.LIVE.read_text(encoding="utf-8")
+    assert text.count("setInterval(look, 2000)") == 1
+    (tmp_path / "live.html").write_text(text.replace("look, 2000", "look, 200"), encoding="utf-8")
+    monkeypatch.setattr(report, "LIVE", tmp_path / "live.html")
+
+
 @needs_chromium
-def test_a_new_step_shows_by_itself_and_the_reader_keeps_the_place(browser, going, plan_ids):
+def test_a_new_step_shows_by_itself_and_the_reader_keeps_the_place(browser, going, plan_ids, eager):
     with served(going) as port:
         browser.call("Emulation.setDeviceMetricsOverride", width=800, height=400, deviceScaleFactor=1, mobile=False)
         browser.open(f"http://127.0.0.1:{port}/")
@@ -661,7 +672,7 @@ def test_a_new_step_shows_by_itself_and_the_reader_keeps_the_place(browser, goin
         # An open question stays, whatever is logged. The list that the reader comes back to is new.
         browser.js("document.querySelector('#newest a').click(); window.old = true")
         add_step(going, plan_ids, 5, "Who came later?")
-        time.sleep(3)
+        time.sleep(0.7)
         assert browser.js("window.old") and "Who came last?" in browser.js(SHOWN)
         browser.press("Escape")
         until_new(browser, "Who came later?")
@@ -672,7 +683,7 @@ def test_a_new_step_shows_by_itself_and_the_reader_keeps_the_place(browser, goin
 
 
 @needs_chromium
-def test_before_the_first_step_a_served_page_says_so(browser, tmp_path, plan_ids):
+def test_before_the_first_step_a_served_page_says_so(browser, tmp_path, plan_ids, eager):
     run = write_run(tmp_path / "run", [])
     for name in ("metrics.jsonl", "rollouts.jsonl", "test_before.jsonl", "test_after.jsonl"):
         (run / name).unlink()

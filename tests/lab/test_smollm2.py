@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from flow_grpo import token_logprobs
 from lab import smollm2
-from llm import TransformersEngine, load_model
+from llm import Request, TransformersEngine
 from tools import UserError
 
 
@@ -17,9 +17,14 @@ def test_without_its_packages(monkeypatch):
         smollm2.find_gguf()
 
 
-def test_the_folder(real_model, tmp_path):
-    load_model(real_model)[0].save_pretrained(tmp_path)  # as train.py does; a model marked as quantised refuses
-    assert "Paris" in smollm2.ask(real_model)
+def test_the_folder_and_its_trees(real_model, tmp_path):
+    """One test, so that one process makes the folder. Log-probs and gradient of trees equal those of plain rows within
+    1e-5 of the largest."""
+    engine = TransformersEngine(real_model)
+    model = engine.model
+    model.save_pretrained(tmp_path)  # as train.py does; a model marked as quantised refuses
+    request = Request(engine.encode("What is the capital of France?"), 12, 0.0)
+    assert "Paris" in engine.generate_batch([request])[0].text
     tokenizer = AutoTokenizer.from_pretrained(real_model)
     assert tokenizer.eos_token == smollm2.END and tokenizer.eos_token_id == 2
     assert (
@@ -31,11 +36,6 @@ def test_the_folder(real_model, tmp_path):
     with pytest.raises(UserError, match="is not empty"):
         smollm2.main(smollm2.SmolConfig(real_model))
 
-
-def test_trees_are_exact_with_a_real_model(real_model):
-    """Log-probs and gradient of trees equal those of plain rows within 1e-5 of the largest."""
-    model, _ = load_model(real_model)
-    engine = TransformersEngine(real_model)
     start = list(engine.encode("Who is the mayor of the capital of Vibel?"))
     prompts = [start, start, [*start, 260, 261], [*start, 260, 262]]
     completions = [[300, 301, 2], [300, 302, 303, 2], [300], [260, 261]]

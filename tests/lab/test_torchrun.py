@@ -30,7 +30,7 @@ from tests.test_train import ROOT, flags, wait_for_steps
 from tools import UserError
 from train import Config
 
-SMALL = dict(steps=5, questions_per_step=5, group_size=2, max_turns=3, eval_every=2, dev_questions=2, test_questions=1)
+SMALL = dict(steps=4, questions_per_step=5, group_size=2, max_turns=2, eval_every=2, dev_questions=2, test_questions=1)
 
 
 def small(run: Path, **changes) -> Config:
@@ -43,7 +43,7 @@ def small(run: Path, **changes) -> Config:
 def together(world_size: int, work, *arguments) -> list:
     """work(*arguments) in so many processes -> what each returned."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lab.torchrun", "train"])
+    context.set_forkserver_preload(["tests.lab.preloaded"])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     answers = context.SimpleQueue()
@@ -94,8 +94,8 @@ def ragged(groups: list[list[int]]) -> list[Trajectory]:
     return [Trajectory("q", [rows.pop(0) for _ in range(count)], None, "") for group in groups for count in group]
 
 
-def gradient_of(config: Config, advantages: torch.Tensor) -> tuple[dict, dict]:
-    """(gradients, stats) of the first update on `ragged` trajectories."""
+def gradient_of(config: Config, trajectories: list, advantages: torch.Tensor) -> tuple[dict, dict]:
+    """(gradients, stats) of the first update."""
     taken = {}
     precision = train.choose_precision(config, "cpu")
     policy, _, optimizer = train.build_trainer(config, precision)
@@ -107,7 +107,7 @@ def gradient_of(config: Config, advantages: torch.Tensor) -> tuple[dict, dict]:
             taken[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).numpy()
         return 0.0
 
-    batches = train.make_batches(ragged([[1, 3], [4, 2], [2, 1]]), advantages, config, policy)
+    batches = train.make_batches(trajectories, advantages, config, policy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "take_step", keep)
         stats = train.update_policy(policy, policy, optimizer, batches, config, precision, 1)
@@ -117,22 +117,28 @@ def gradient_of(config: Config, advantages: torch.Tensor) -> tuple[dict, dict]:
 NO_KL = dict(updates_per_step=1, kl_coef=0)
 
 
-def gradients(advantages: torch.Tensor) -> list:
-    return [
-        gradient_of(Config(**NO_KL, shard=shard, micro_batch_tokens=tokens, aggregation=aggregation), advantages)
+def gradients(trajectories: list, advantages: torch.Tensor) -> list:
+    settings = [
+        dict(shard=shard, micro_batch_tokens=tokens, aggregation=aggregation)
         for shard, tokens in ((False, 2048), (True, 20))
         for aggregation in ("paper", "token-mean")
     ]
+    return [gradient_of(Config(**NO_KL, **setting), trajectories, advantages) for setting in settings]
+
+
+@pytest.fixture(scope="module")
+def trajectories():
+    return ragged([[1, 3], [4, 2], [2, 1]])
 
 
 @pytest.mark.parametrize(
     "world_size, advantages", [(2, [[0.7, -0.7], [0.0, 0.0], [0.7, -0.7]]), (3, [[0.0, 0.0], [0.0, 0.0], [0.3, 0.0]])]
 )
-def test_the_gradient_is_that_of_one_process(world_size, advantages):
+def test_the_gradient_is_that_of_one_process(trajectories, world_size, advantages):
     advantages = torch.tensor(advantages)
-    alone = {a: gradient_of(Config(**NO_KL, aggregation=a), advantages) for a in ("paper", "token-mean")}
+    alone = {a: gradient_of(Config(**NO_KL, aggregation=a), trajectories, advantages) for a in ("paper", "token-mean")}
     assert all(abs(grads["model.embed_tokens.weight"]).max() > 1e-3 for grads, _ in alone.values())
-    for process in together(world_size, gradients, advantages):
+    for process in together(world_size, gradients, trajectories, advantages):
         assert len(process) == 4
         for n, (grads, stats) in enumerate(process):
             wanted, wanted_stats = alone[("paper", "token-mean")[n % 2]]
@@ -250,7 +256,9 @@ def workers(process: subprocess.Popen) -> dict[int, int]:
 def test_a_killed_process_ends_the_others_and_the_last_checkpoint_is_whole(alone, tmp_path):
     run = tmp_path / "run"
     process = torchrun(small(run))
-    wait_for_steps(run, 3, process)
+    wait_for_steps(run, 2, process)
+    while not (run / "checkpoint").exists():
+        time.sleep(0.02)
     ids = workers(process)
     os.kill(ids[1], signal.SIGKILL)
     killed = time.time()
@@ -260,7 +268,7 @@ def test_a_killed_process_ends_the_others_and_the_last_checkpoint_is_whole(alone
     assert err.count(f"train.py: {lab.torchrun.ENDED}") == 1 and "traceback.log" not in err
     assert not any(Path(f"/proc/{pid}").exists() for pid in ids.values())
     assert torch.load(run / "checkpoint" / "trainer.pt", weights_only=True)["step"] in (2, 4)
-    together(2, run_all, small(run), None)
+    train.main(small(run))  # with one process
     check_same_run(run, alone)
 
 
@@ -325,10 +333,10 @@ def test_the_bytes_in_the_docs():
 def test_the_calculation(alone, capsys):
     lab.torchrun.main(ScaleConfig(run=str(alone)))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Calculated from 5 steps of") and len(lines) == 5
+    assert lines[0].startswith("Calculated from 4 steps of") and len(lines) == 5
     seconds = [float(re.search(r"([\d.]+) s per step", line)[1]) for line in lines[1:]]
     steps = [m for m in rows(alone / "metrics.jsonl") if m["step"]]
-    whole = sum(m[t] for m in steps for t in ("t_rollout", "t_judge", "t_update", "t_sync")) / 5
+    whole = sum(m[t] for m in steps for t in ("t_rollout", "t_judge", "t_update", "t_sync")) / 4
     assert seconds[0] == pytest.approx(whole, abs=0.01) and seconds == sorted(seconds, reverse=True)
     shutil.rmtree(alone / "nothing", ignore_errors=True)
     with pytest.raises(UserError, match="has no steps"):
