@@ -110,7 +110,7 @@ def plan(scale: Scale) -> list[Run]:
         runs += [training(f"long{kl}", 0, LONG | dict(steps=scale.long_steps) | FLAGS.get(kl[1:], {}))
                  for kl in ("", "-no-kl")]  # fmt: skip
     if scale.share:
-        runs.append(Run("pretrain", 0, pretrain_backbone, dict(layers=2, share=scale.share), (), 1500 * scale.share))
+        runs.append(Run("pretrain", 0, pretrain_backbone, dict(layers=2, share=scale.share), (), 1000 * scale.share))
     runs += [training("main", seed, scale.main) for seed in scale.seeds]
     for name in ABLATIONS:
         runs += [training(name, seed, scale.hard | FLAGS.get(name, {})) for seed in scale.hard_seeds]
@@ -136,7 +136,7 @@ def plan(scale: Scale) -> list[Run]:
                         (f"main-seed{seed}",), seconds))  # fmt: skip
     for name, (planner, settings) in TRANSFERS.items():
         settings = settings | dict(questions=scale.test_questions)
-        seconds = PROCESS + TEST_TURN * 8 * scale.test_questions
+        seconds = PROCESS + TEST_TURN * 12 * scale.test_questions
         for seed in scale.seeds if planner == "main" else scale.few_seeds:
             runs.append(Run(name, seed, transfer, settings, (f"{planner}-seed{seed}",), seconds))
     return runs
@@ -165,7 +165,7 @@ def training(name: str, seed: int, flags: dict, needs: tuple[str, ...] = ()) -> 
     asked = 2 * (config.test_questions or 500) + evaluations * config.dev_questions
     seconds = PROCESS + per_trajectory * trajectories + TEST_TURN * turns * asked
     if not config.decay:
-        seconds *= 3.5  # a policy that falls apart writes long plans, and takes all its turns
+        seconds *= 2  # a policy that falls apart writes long plans, and takes all its turns
     return Run(name, seed, train_planner, flags, needs, seconds)
 
 

@@ -137,7 +137,7 @@ def test_every_edit_is_shown_as_it_is_run():
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale, minutes, left_out", [("full", 90, []), ("quick", 10, ["size", "long"])])
+@pytest.mark.parametrize("scale, minutes, left_out", [("full", 80, []), ("quick", 10, ["size", "long"])])
 def test_the_plan_keeps_to_its_time(scale, minutes, left_out):
     runs = paper_runs.plan(SCALES[scale])
     assert left_out == [n for n, f in paper.FIGURES.items() if not paper.runs_of(f, by_id(SCALES[scale]))]
