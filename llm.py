@@ -165,7 +165,7 @@ class TransformersEngine(Engine):
         self.forget()
 
     def forget(self) -> None:
-        """Drop the prompts that were read, with keys and values: a resumed run has none, so no rollout may."""
+        """Drop the prompts that were read, with keys and values. A rollout begins without, as a resumed run does."""
         self.read = [], None, None  # prompts, their tree, their cache
 
     def load_weights(self, weights: Iterable) -> None:

@@ -105,8 +105,15 @@ def find_tools(names: list[str]) -> dict[str, Callable]:
     """The tools of `--tools`, by the names that the planner uses."""
     tools = {tool.__name__: tool for tool in (find(name, TOOLS, 1) for name in names)}
     if len(tools) < len(names) or not all(map(is_tool, tools.values())):
-        raise UserError(f"--tools {' '.join(names)}: each must be an async function with a docstring, named once")
+        raise UserError(f"--tools {' '.join(names)}: each once, async, with a docstring and named arguments")
     return tools
+
+
+def is_tool(tool: Callable) -> bool:
+    """Whether a model can call it: an async function with a docstring, whose arguments all have names."""
+    kinds = {parameter.kind for parameter in inspect.signature(tool).parameters.values()}
+    named = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    return inspect.iscoroutinefunction(tool) and bool(tool.__doc__) and kinds <= named
 
 
 # --- from a model's text to a call ------------------------------------------------------------------------------------
@@ -116,13 +123,6 @@ def signature_of(tool: Callable) -> inspect.Signature:
     """The signature as the model sees it: without `env`."""
     signature = inspect.signature(tool, eval_str=True)
     return signature.replace(parameters=list(signature.parameters.values())[1:], return_annotation=signature.empty)
-
-
-def is_tool(tool: Callable) -> bool:
-    """Whether a model can call it: an async function with a docstring, whose arguments all have names."""
-    kinds = {parameter.kind for parameter in inspect.signature(tool).parameters.values()}
-    named = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
-    return inspect.iscoroutinefunction(tool) and bool(tool.__doc__) and kinds <= named
 
 
 def tool_metadata(tool: Callable) -> str:

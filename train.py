@@ -87,7 +87,7 @@ class Config(SystemConfig):
 
 def main(config: Config) -> None:
     if config.temperature < 0.01:
-        raise UserError(f"--temperature {config.temperature}: greedy rollouts are equal: there is nothing to compare")
+        raise UserError(f"--temperature {config.temperature}: greedy rollouts are equal, with nothing to compare")
     if 0 < config.dual_clip <= 1:
         raise UserError(f"--dual_clip {config.dual_clip}: must be above 1, or failures have no gradient; 0: no bound")
     run = Path(config.run_dir or f"runs/{Path(config.task).name}-seed{config.seed}")

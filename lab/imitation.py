@@ -21,10 +21,10 @@ from eval import evaluate
 from flow_grpo import token_logprobs
 from lab.paired import paired
 from lab.pretrain import encoder
-from lab.teacher import ANSWER, STOP, TEST_WORLD, UNKNOWN, IdealPlanner, asked, expression, literals, render_plan
+from lab.teacher import ANSWER, STOP, UNKNOWN, IdealPlanner, asked, expression, literals, render_plan
 from llm import Completion, Request, TransformersEngine, load_model
 from sandbox import Sandbox
-from tasks import load_corpus, load_examples
+from tasks import bundled_world, load_corpus, load_examples
 from tinyworld.world import NAMES, Question, World, find
 from tools import BASE_GENERATOR_PROMPT, UserError
 from tree import split_rows
@@ -169,7 +169,7 @@ WAYS = {
 def learn(name: str, seed: int, questions: int = 0, test_questions: int = 300) -> dict:
     """One way with one seed -> its record: figures before, after each round, and of the teacher. `questions` for
     traces; 0: as many as the way says."""
-    way, world = WAYS[name], World(TEST_WORLD)
+    way, world = WAYS[name], bundled_world()
     frozen = TransformersEngine(BACKBONE)
     system = AgentSystem(frozen, frozen, load_corpus(), Sandbox())
     test_set = load_examples("tinyworld", "test", test_questions)

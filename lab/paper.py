@@ -536,9 +536,8 @@ table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem .
 """
 INTRO = """<p>This page repeats the analyses of <a href="https://arxiv.org/abs/2510.05592">AgentFlow (arXiv
 2510.05592)</a>, and adds some that the paper does not have. It uses a made-up world of 300 articles and a planner of
-0.7 million parameters. The sizes of the
-effects are this world's own. The captions have the paper's numbers. Sentences, numbers and verdicts are computed from
-the JSON of each figure; reasons are guesses.</p>
+0.7 million parameters. The sizes of the effects are this world's own. The captions have the paper's numbers. Sentences,
+numbers and verdicts are computed from the JSON of each figure; reasons are guesses.</p>
 <p class="small">Shares have Wilson intervals; lengths and turns have the mean ± 1.96 standard errors. Both are over the
 values of all seeds. A training reward counts each question once, by the mean of its rollouts, so its interval is a
 little too wide. Other values of one question, or of one seed, are alike, and the seeds share their test questions.

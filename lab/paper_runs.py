@@ -23,6 +23,7 @@ from hashlib import sha256
 from itertools import groupby
 from modulefinder import ModuleFinder
 from pathlib import Path
+from statistics import mean
 from unittest.mock import patch
 
 from tqdm import tqdm
@@ -219,10 +220,8 @@ def training_steps(folder: Path) -> list[dict]:
 
 def means_of_groups(trajectories: list[dict]) -> list[float]:
     """The mean reward of each question: its rollouts are too alike to count one by one."""
-    groups: dict[str, list[float]] = {}
-    for trajectory in trajectories:
-        groups.setdefault(trajectory["question"], []).append(trajectory["reward"])
-    return [sum(rewards) / len(rewards) for rewards in groups.values()]
+    groups = groupby(trajectories, key=lambda trajectory: trajectory["question"])
+    return [mean(trajectory["reward"] for trajectory in group) for _, group in groups]
 
 
 def moments(values: list) -> list[float]:

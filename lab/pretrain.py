@@ -37,7 +37,6 @@ from lab.teacher import (
     NO_TOOL,
     RELATIONS,
     STOP,
-    TEST_WORLD,
     UNKNOWN,
     IdealPlanner,
     literals,
@@ -46,9 +45,9 @@ from lab.teacher import (
 )
 from llm import TransformersEngine, best_device, load_model
 from sandbox import Sandbox
-from tasks import append, load_corpus, load_examples
+from tasks import append, bundled_world, load_corpus, load_examples
 from tinyworld import world as w
-from tinyworld.world import NAMES, OPERATIONS, World
+from tinyworld.world import NAMES, OPERATIONS
 from tools import UserError
 from train import build_trainer, choose_precision, listen_for_stop, restore, save, take_step
 from tree import split_rows
@@ -455,7 +454,7 @@ def check_taught(config: PretrainConfig) -> None:
 
 def check(folder: Path) -> None:
     """Print what the backbone reaches on both test splits, with the real tools: with ideal plans, and as a planner."""
-    world, engine = World(TEST_WORLD), TransformersEngine(folder)
+    world, engine = bundled_world(), TransformersEngine(folder)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     print(f"{folder}: {sum(p.numel() for p in engine.model.parameters()) / 1e6:.2f} M parameters, {size:.1f} MB")
     for task, families, turns in (("tinyworld", w.FAMILIES, 4), ("tinyworld-hard", w.HARD_FAMILIES, w.HARD_TURNS)):

@@ -15,7 +15,7 @@ from typing import Any
 import agent
 import tools
 from llm import Completion, Request
-from tasks import Corpus
+from tasks import Corpus, bundled_world
 from tinyworld import world as w
 from tinyworld.world import HARD_FAMILIES, HARD_TURNS, NAMES, OPERATIONS, Question, World, ideal_plan
 
@@ -223,7 +223,7 @@ KEEP_UNKNOWN = 0.3
 def teachers(rng: random.Random, seed: int, shares: dict[str, int] = FAMILY_SHARES) -> Iterator[Teacher]:
     """Endless teachers, each with the rows of one question: a new world every 100 questions, and no fact of the test
     world. `shares` has the weights of the families."""
-    avoid = World(TEST_WORLD).all_facts()
+    avoid = bundled_world().all_facts()
     for world_seed in range(1_000_000 * (seed + 1), 1_000_000 * (seed + 2)):
         world = World(world_seed, avoid)
         corpus = Corpus.from_articles(world.articles.items())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from eval import Ranged, run_main, setting
 from lab.teacher import TEST_WORLD
-from tasks import index, tinyworld, write_atomically
+from tasks import bundled_world, index, tinyworld, write_atomically
 from tinyworld.world import FAMILIES, HARD_FAMILIES, SPLITS, World
 from tools import UserError
 
@@ -30,7 +30,7 @@ class WorldConfig(Ranged):
 
 def world_of(seed: int) -> World:
     """The bundled world, or one that shares no fact with it."""
-    bundled = World(TEST_WORLD)
+    bundled = bundled_world()
     return bundled if seed == TEST_WORLD else World(seed, avoid=bundled.all_facts())
 
 

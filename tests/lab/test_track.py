@@ -11,6 +11,8 @@ from lab import track
 from tests.test_train import ROOT, flags, tiny
 from tools import UserError
 
+SMALL = dict(questions_per_step=1, group_size=2, max_turns=1, dev_questions=1, test_questions=1)
+
 
 def test_names_are_grouped():
     metrics = {"step": 3, "reward": 0.5, "kl": 0.1, "turns": 2.0, "t_rollout": 1.5, "tool_shares": {"Search": 0.7}}
@@ -35,8 +37,7 @@ def test_tensorboard_has_each_step_once(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    small = dict(questions_per_step=1, group_size=2, max_turns=1, dev_questions=1, test_questions=1)
-    config = tiny(run, report_to="tensorboard", steps=3, eval_every=2, **small)
+    config = tiny(run, report_to="tensorboard", steps=3, eval_every=2, **SMALL)
 
     class AfterThreeSteps:  # the checkpoint is of step 2, so step 3 runs twice
         def __bool__(self):
@@ -60,8 +61,7 @@ def test_tensorboard_has_each_step_once(tmp_path, monkeypatch):
 
 def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb")
-    small = dict(questions_per_step=1, group_size=2, max_turns=1, dev_questions=1, test_questions=1)
-    config = tiny(tmp_path / "run", report_to="wandb", steps=1, **small)
+    config = tiny(tmp_path / "run", report_to="wandb", steps=1, **SMALL)
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     command = [sys.executable, "train.py", *flags(config)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
